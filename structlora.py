@@ -693,6 +693,11 @@ class StructLoRA:
         `rank` by SVD, the nearest of that rank. A trained head goes along as modules_to_save.
         """
         trained = self.state()["trained"]
+        for name in trained:                 # PEFT replaces whole modules, and knows no other way
+            owner = name.rpartition(".")[0]
+            if not owner or any(f"{layer}.".startswith(f"{owner}.") or owner.startswith(f"{layer}.")
+                                for layer in self.layers):
+                raise InputError(f"PEFT cannot carry {name}, trained beside the adapters: use save()")
         tensors = {f"base_model.model.{n}": value.clone() for n, value in trained.items()}
         ranks = {}
         for name, (B, A) in self.factors().items():
@@ -839,6 +844,19 @@ def read_torch(path: str | Path) -> Any:
             OverflowError, UnicodeDecodeError, AssertionError, MemoryError, OSError) as error:
         raise InputError(f"{path}: truncated, or not a file of torch.save "
                          f"({type(error).__name__}); fetch it again") from None
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads a JSON object; raises InputError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
 
 
 def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -1022,12 +1040,9 @@ def open_run(out: str | Path, args: argparse.Namespace) -> None:
     if args.eval_only:
         return
     if args.resume and path.exists():
-        try:
-            before = json.loads(path.read_text())
-            changed = [key for key in options | before if key not in TRANSIENT
-                       and before.get(key) != options.get(key)]
-        except (ValueError, AttributeError, TypeError):
-            raise InputError(f"{path}: not the configuration of a run") from None
+        before = read_json(path)
+        changed = [key for key in options | before if key not in TRANSIENT
+                   and before.get(key) != options.get(key)]
         if changed:
             raise InputError(f"{path}: the run had {changed[0]}={before.get(changed[0])!r}, "
                              f"--resume asks for {options.get(changed[0])!r}")

@@ -315,32 +315,19 @@ HUGGINGFACE = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddi
     "layers.*.mlp.fc1": "blocks.*.fc1", "layers.*.mlp.fc2": "blocks.*.fc2"})}
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object, or InputError that names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({structlora.one_line(error)})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
-
-
 def read_huggingface(folder: Path) -> tuple[dict, ViTConfig]:
     """A folder with config.json and pytorch_model.bin of ViTForImageClassification or ViTModel."""
     path = folder / "pytorch_model.bin"
     if not path.exists() and any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: holds safetensors only; save the tensors as pytorch_model.bin")
-    settings, state = read_json(folder / "config.json"), structlora.read_torch(path)
+    settings, state = structlora.read_json(folder / "config.json"), structlora.read_torch(path)
     if settings.get("model_type", "vit") != "vit" or settings.get("hidden_act", "gelu") != "gelu":
         raise InputError(f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} "
                          f"with {settings.get('hidden_act')!r} is not a plain ViT")
     tensors = read_state(path, state, "vit.", HUGGINGFACE)
     tensors = {k: v for k, v in tensors.items() if not k.startswith("pooler")}   # no classifier
     processor = folder / "preprocessor_config.json"
-    said = read_json(processor) if processor.exists() else {}
+    said = structlora.read_json(processor) if processor.exists() else {}
     try:
         mean, std = (tuple(map(float, said.get(key, default)))
                      for key, default in zip(("image_mean", "image_std"), HALF, strict=True))

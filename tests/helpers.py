@@ -141,6 +141,7 @@ def by_hand_updates(graph, gates=None):
         total = torch.zeros(graph.B.shape[2], graph.A.shape[2], dtype=torch.float64)
         for j in range(len(graph.names)):
             slot = slot_of(graph, l, j)
+            assert slot is not None or M[l, j] == 0, "a message has no slot to travel in"
             if slot is not None:                                         # equation 2
                 U = graph.B[j].double().T @ torch.diag(gates[l, slot]) @ graph.A[j].double()
                 total = total + M[l, j] * U

@@ -199,6 +199,9 @@ def test_kinds_and_shapes_do_not_mix():
     long[0].B.data.normal_()
     changed = {n for n, U in adapters.deltas().items() if not torch.equal(U, before[n])}
     assert changed == set(long[0].names)
+    square = attach(chain(2, hidden=6), Config(rank=2))          # one shape, and still two kinds
+    assert [g.names for g in square.graphs] == [[f"blocks.{l}.{kind}" for l in range(2)]
+                                                for kind in ("q_proj", "v_proj")]
 
 
 def test_layers_are_ordered_by_number_not_by_spelling():

@@ -289,6 +289,19 @@ def test_the_cast_model_keeps_fp32_adapters_if_it_was_cast_before():
     assert torch.allclose(model(x).float(), reference(x.float()), atol=0.1, rtol=0.05)
 
 
+def test_layers_of_one_kind_may_differ_in_dtype():
+    model, adapters = adapted(3)
+    model.eval()
+    exact = model.blocks[1](inputs())
+    for layer in (model.blocks[1].q_proj, model.blocks[1].v_proj):
+        layer.base.to(torch.bfloat16)
+    output = model.blocks[1](inputs(dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    assert (output - exact).abs().max() < 0.03 * exact.abs().max()
+    merged = adapters.merge().blocks[1](inputs(dtype=torch.bfloat16))
+    assert (merged - output).abs().max() < 0.03 * exact.abs().max()
+
+
 def test_autocast_trains_fp32_adapters_through_bf16_matmuls():
     model, adapters = adapted(3)
     with torch.autocast("cpu", torch.bfloat16):

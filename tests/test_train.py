@@ -202,7 +202,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(bad, tmp_path)
     with pytest.raises(InputError, match=r"step 8.*--lr.*adapter.pt"):
         run(tmp_path, good._replace(loss=loss), options())
     state = checkpoint(tmp_path)
-    assert state["step"] == 7 and all(v.isfinite().all() for g in state["state"] for v in g.values())
+    assert state["step"] == 7
+    assert all(value.isfinite().all() for graph in state["state"] for value in graph.values())
     assert [line["step"] for line in lines(tmp_path)] == list(range(8))
 
 
@@ -232,8 +233,8 @@ def test_the_comparison_prints_a_row_for_each_method(cli, data, tmp_path):
     assert status == 0 and err == ""
     table = [line for line in out.splitlines() if line.startswith("|")]
     assert len(table) == 5 and len({len(line) for line in table}) == 1
-    for word in ("method", "trainable", "merged rank", "before", "after", "test loss", "rate", "kept",
-                 "drift energy", "adjacent cosine", "ms/step", "peak memory"):
+    for word in ("method", "trainable", "merged rank", "before", "after", "test loss", "rate",
+                 "kept", "drift energy", "adjacent cosine", "ms/step", "peak memory"):
         assert word in table[0]
     assert "LoRA r=2 " in table[2] and "(matched)" in table[3] and "StructLoRA r=2" in table[4]
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -241,7 +242,8 @@ def test_the_comparison_prints_a_row_for_each_method(cli, data, tmp_path):
     # the same command again: the backbone is kept, the numbers are the same
     status, again, _ = cli("--data", data, "--out", "run", *QUICK)
     assert status == 0 and "using the backbone" in again
-    same = lambda text: [re.split(r" *\| *", line)[:-3] for line in text.splitlines() if "LoRA" in line]
+    same = lambda text: [re.split(r" *\| *", line)[:-3]
+                         for line in text.splitlines() if "LoRA" in line]
     assert same(out) == same(again)
 
 
@@ -268,7 +270,8 @@ def test_one_method_from_a_checkpoint_then_eval_only_merge_and_peft(cli, data, t
 
 
 @pytest.mark.parametrize("arguments, word", (
-    (("--rank", "0"), "0"), (("--rank", "x"), "x"), (("--lr", "-1"), "-1"), (("--lr", "nan"), "nan"),
+    (("--rank", "0"), "0"), (("--rank", "x"), "x"),
+    (("--lr", "-1"), "-1"), (("--lr", "nan"), "nan"),
     (("--dropout", "1"), "dropout"), (("--hops", "4"), "hops"), (("--gate", "x"), "x"),
     (("--budget", "1", "--no-gate"), "budget"), (("--fraction", "2"), "2"),
     (("--shots", "1", "--fraction", "0.5"), "fraction"), (("--device", "nowhere"), "nowhere"),
@@ -279,7 +282,7 @@ def test_one_method_from_a_checkpoint_then_eval_only_merge_and_peft(cli, data, t
     (("--data", "DATA", "--checkpoint", "DATA"), "data.npz"),
     (("--data", "DATA", "--source-classes", "7"), "7"),
     (("--data", "DATA", "--eval-only"), "backbone")))
-def test_bad_options_are_one_line_status_2_and_nothing_written(arguments, word, cli, data, tmp_path):
+def test_bad_options_are_one_line_and_nothing_is_written(arguments, word, cli, data, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     status, out, err = cli(*(data if a == "DATA" else a for a in arguments))
     assert status == 2 and word in err and err.count("\n") == 1 and "Traceback" not in err

@@ -102,7 +102,8 @@ def as_huggingface(state):
     table = (("blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
              ("norm2", "layernorm_after"), ("attn.q_proj", "attention.attention.query"),
              ("attn.k_proj", "attention.attention.key"),
-             ("attn.v_proj", "attention.attention.value"), ("attn.o_proj", "attention.output.dense"),
+             ("attn.v_proj", "attention.attention.value"),
+             ("attn.o_proj", "attention.output.dense"),
              ("fc1", "intermediate.dense"), ("fc2", "output.dense"),
              ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
              ("patch_embed", "embeddings.patch_embeddings.projection"))
@@ -151,10 +152,9 @@ def oracle(config):
         hidden_size=config.width, num_hidden_layers=config.depth, num_labels=config.classes,
         num_attention_heads=config.heads, intermediate_size=config.mlp, layer_norm_eps=config.eps,
         image_size=config.image_size, patch_size=config.patch_size)).eval()
-    state = {}
+    state, renamed = {}, "vit.layers.0.layernorm_before.bias" in model.state_dict()
     for key, value in as_huggingface(weights(config)).items():
-        if "layer.0" not in model.state_dict() and "vit.layers.0.layernorm_before.bias" in \
-                model.state_dict():                              # transformers 5 renamed its modules
+        if renamed:                                              # by transformers 5
             for old, new in (("encoder.layer", "layers"), ("attention.attention.query",
                              "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
                              ("attention.attention.value", "attention.v_proj"),
@@ -413,7 +413,8 @@ def test_folders_of_images_are_read_through_pillow(tmp_path):
     assert classes == 2 and len(train) + len(test) == 12 and len(test) == 2
     pixels = train.decoded(8).pixels
     assert pixels.shape == (10, 3, 8, 8)
-    assert (pixels[train.labels == 1][:, 0] > 250).all() and (pixels[train.labels == 1][:, 2] < 5).all()
+    red = pixels[train.labels == 1]
+    assert (red[:, 0] > 250).all() and (red[:, 2] < 5).all()
     (tmp_path / "red" / "5.png").write_bytes(b"")
     with pytest.raises(InputError, match="5.png"):
         [part.decoded(8) for part in read_images(tmp_path)[:2]]
@@ -477,7 +478,8 @@ def test_pictures_are_seeded_labelled_and_shifted():
 def test_source_classes_split_and_relabel():
     data = train_vit.Images(torch.arange(6).view(6, 1, 1, 1), torch.tensor([0, 1, 2, 3, 2, 1]))
     source, target, count = train_vit.split_classes(data, data, 4, "1,3")
-    assert source[0].labels.tolist() == [0, 1, 0] and source[0].pixels.flatten().tolist() == [1, 3, 5]
+    assert source[0].labels.tolist() == [0, 1, 0]
+    assert source[0].pixels.flatten().tolist() == [1, 3, 5]
     assert target[1].labels.tolist() == [0, 1, 1] and count == 2
     for bad in ("", "4", "0,1,2,3", "a"):
         with pytest.raises(InputError, match="source-classes"):
