@@ -704,7 +704,8 @@ def main() -> None:
         train, test = draw(8000, seed + 2, shifted=True), draw(1000, seed + 3, shifted=True)
     if args.source_classes:
         source, (train, test), classes = split_classes(train, test, classes, args.source_classes)
-    train = train.select(choose(train.labels, args.shots, args.fraction, args.seed))
+    shots = args.shots or (None if args.data or args.fraction else 50)           # the demo's few
+    train = train.select(choose(train.labels, shots, args.fraction, args.seed))
     load = functools.partial(load_vit, args.checkpoint, classes, args.image_size, args.num_heads)
     if args.checkpoint:
         load()                       # a bad file must be found before anything is written
