@@ -697,7 +697,8 @@ class StructLoRA:
             owner = name.rpartition(".")[0]
             if not owner or any(f"{layer}.".startswith(f"{owner}.") or owner.startswith(f"{layer}.")
                                 for layer in self.layers):
-                raise InputError(f"PEFT cannot carry {name}, trained beside the adapters: use save()")
+                raise InputError(f"PEFT cannot carry {name}, trained beside the adapters: use "
+                                 "save()")
         tensors = {f"base_model.model.{n}": value.clone() for n, value in trained.items()}
         ranks = {}
         for name, (B, A) in self.factors().items():
@@ -852,7 +853,7 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -999,6 +1000,20 @@ def batch_indices(count: int, size: int, number: int, seed: int) -> torch.Tensor
     epochs = positions // count
     return torch.cat([_permutation(count, seed, int(e))[positions[epochs == e] % count]
                       for e in epochs.unique()])
+
+
+def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
+           seed: int) -> torch.Tensor:
+    """Indices of `shots` examples of each class, or of a `fraction` of each; all without either."""
+    generator, chosen = torch.Generator().manual_seed(seed), []
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        count = shots or max(1, round((fraction or 1.0) * len(mine)))
+        if count > len(mine):
+            print(f"class {int(label)} has {len(mine)} examples, fewer than --shots {count}: "
+                  "all are used")
+        chosen.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
 
 
 def pretrain(model: nn.Module, task: Task, args: argparse.Namespace, steps: int, lr: float) -> None:

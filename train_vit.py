@@ -518,20 +518,6 @@ def read_folders(path: Path) -> tuple[Images, Images | None]:
     return read(root), read(test) if root != path and test else None
 
 
-def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
-           seed: int) -> torch.Tensor:
-    """Indices of `shots` examples of each class, or of a `fraction` of each; all without either."""
-    generator, chosen = torch.Generator().manual_seed(seed), []
-    for label in labels.unique():
-        mine = (labels == label).nonzero()[:, 0]
-        count = shots or max(1, round((fraction or 1.0) * len(mine)))
-        if count > len(mine):
-            print(f"class {int(label)} has {len(mine)} images, fewer than --shots {count}: "
-                  "all are used")
-        chosen.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
-    return torch.cat(chosen).sort().values
-
-
 SHIFTS = {"none": lambda x: x, "invert": lambda x: 255 - x,          # of uint8 [N, 3, H, W]
           "rotate": lambda x: torch.rot90(x, 1, (2, 3))}
 
@@ -705,7 +691,7 @@ def main() -> None:
     if args.source_classes:
         source, (train, test), classes = split_classes(train, test, classes, args.source_classes)
     shots = args.shots or (None if args.data or args.fraction else 50)           # the demo's few
-    train = train.select(choose(train.labels, shots, args.fraction, args.seed))
+    train = train.select(structlora.choose(train.labels, shots, args.fraction, args.seed))
     load = functools.partial(load_vit, args.checkpoint, classes, args.image_size, args.num_heads)
     if args.checkpoint:
         load()                       # a bad file must be found before anything is written

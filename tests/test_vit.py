@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train_vit
-from structlora import InputError
-from train_vit import ViT, ViTConfig, choose, load_vit, prepare, read_images, save_vit
+from structlora import InputError, choose
+from train_vit import ViT, ViTConfig, load_vit, prepare, read_images, save_vit
 
 SIZES = {"small": ViTConfig(16, 4, 32, 2, 4, 64, 5),
          "one block": ViTConfig(32, 8, 48, 1, 3, 96, 3),
