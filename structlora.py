@@ -926,7 +926,8 @@ def make_parser(description: str, **defaults) -> OneLineParser:
     amount.add_argument("--fraction", type=positive(float), help="share of the examples to use")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--steps", type=positive(int), help="optimizer steps")
-    p.add_argument("--lr", type=positive(float), help="peak learning rate (tuned for each method)")
+    p.add_argument("--lr", type=positive(float), help="peak learning rate (default: tuned for "
+                   "each method, but not with --checkpoint)")
     p.add_argument("--gate-lr", type=positive(float), help="of the gates (0.01; 0.05 if --budget)")
     p.add_argument("--weight-decay", type=float, default=0.01)
     p.add_argument("--batch-size", type=positive(int))
@@ -1254,11 +1255,12 @@ def compare(args: argparse.Namespace, load: Callable[[], nn.Module], task: Task,
 
     load() -> the pretrained model on the CPU; save(model, path) writes merged weights; also_train
     names modules trained beside the adapters; learning_rates: the default of --lr for "lora",
-    "lora matched" and "structlora"."""
+    "lora matched" and "structlora" on the small models, and for every method on a "checkpoint"."""
     out = Path(args.out)
 
     def one(method: str, rank: int, label: str, folder: Path) -> dict:
-        mine = argparse.Namespace(**vars(args) | {"lr": args.lr or learning_rates[method]})
+        rate = args.lr or learning_rates["checkpoint" if args.checkpoint else method]
+        mine = argparse.Namespace(**vars(args) | {"lr": rate})
         config = make_config(args, method.split()[0], rank)
         return fine_tune(mine, config, label, folder, load, task, save, also_train)
 

@@ -40,7 +40,9 @@ from torch.utils.checkpoint import checkpoint
 import structlora
 from structlora import InputError, Task
 
-LEARNING_RATES = {"lora": 1e-2, "lora matched": 1e-2, "structlora": 1e-2}    # tuned on seeds 100 to 102
+# Tuned on the demo with seeds 100 to 103, apart from those reported; a checkpoint's is that of
+# LLM-Adapters (Hu et al. 2023), untuned.
+LEARNING_RATES = {"lora": 4e-2, "lora matched": 2e-2, "structlora": 4e-2, "checkpoint": 3e-4}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,9 +334,9 @@ def assemble(model: Llama, directory: Path, parts: dict[str, Part], dtype: torch
             raise InputError(f"{part.paths[0]}: {name} is no part of a LLaMA of these sizes")
         if part.shape() != expected[name]:
             shape = list(part.shape() or part.tensors[0].shape)
-            raise InputError(f"{part.paths[0]}: {name} is {shape}, expected {list(expected[name])}: "
-                             "a shard is missing, or the sizes in params.json or config.json are of "
-                             "another model")
+            raise InputError(f"{part.paths[0]}: {name} is {shape}, expected "
+                             f"{list(expected[name])}: a shard is missing, or the sizes in "
+                             "params.json or config.json are of another model")
         if not part.tensors[0].is_floating_point():
             raise InputError(f"{part.paths[0]}: {name} is {part.tensors[0].dtype}: a quantised "
                              "checkpoint; give the original one")
@@ -1157,8 +1159,7 @@ def main() -> None:
 
     def load():
         model = load_llama(folder, getattr(torch, args.dtype), args.device)
-        if tokenizer.vocab_size > model.config.vocab_size or (
-                isinstance(tokenizer, Bytes) and tokenizer.vocab_size < model.config.vocab_size):
+        if not 0 <= model.config.vocab_size - tokenizer.vocab_size <= 256:       # some are padded
             raise InputError(f"{folder}: a model of {model.config.vocab_size} tokens and a "
                              f"tokenizer of {tokenizer.vocab_size}; name its tokenizer.model with "
                              "--tokenizer")
