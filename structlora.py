@@ -425,6 +425,10 @@ class LayerGraph(nn.Module):
         """[L, S, r] bool: the directions that exist and were not removed."""
         return self.kept & self.valid[:, :, None]
 
+    def importance(self) -> torch.Tensor:
+        """What Eq. 8 ranks the directions by [L, S, r], never negative."""
+        return self.gate.score()
+
     @torch.no_grad()
     def factors(self) -> dict:
         """name -> (B [d, R], A [R, k]) in fp32, B A = s dW_l (Eq. 7), without closed directions."""
@@ -553,7 +557,7 @@ class StructLoRA:
         target = min(candidates, round(self.config.budget * len(self.layers)))
         remaining = 1 - min(1.0, (progress - PRUNE_START) / (PRUNE_END - PRUNE_START))
         count = target + math.ceil((candidates - target) * remaining ** 3)
-        scores = torch.cat([g.gate.score().float().masked_fill(~g.present(), -1.0).flatten()
+        scores = torch.cat([g.importance().float().masked_fill(~g.present(), -1.0).flatten()
                             for g in self.graphs])               # a score is never negative
         best = torch.zeros_like(scores, dtype=torch.bool)
         best[scores.topk(count).indices] = True

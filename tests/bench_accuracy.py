@@ -1,0 +1,691 @@
+"""Does it work? Every method tuned alike, compared on fresh seeds, negative results printed.
+
+    python tests/bench_accuracy.py --quick              under 10 minutes on 2 cores
+    python tests/bench_accuracy.py --full               every cell and method (days on 2 cores)
+    python tests/bench_accuracy.py --cells vit:pictures:2:50 --methods lora structlora
+    python tests/bench_accuracy.py --table              the tables of what has been run
+    python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
+
+A cell is backbone:task:rank:labels (per class for images, in all for text). In each, every method
+has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
+while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
+decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
+differences are paired. Every run is one line of --results and is never run twice. PEFT's methods need peft.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import structlora
+import train_llama
+import train_vit
+from structlora import Config, attach
+
+STEPS = {"vit": 300, "llama": 200}
+RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
+FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
+CIFAR = ROOT.parent / "shared/data/cifar10"
+
+
+class Cell(NamedTuple):
+    """What is learned: backbone, task, rank r, labelled examples."""
+    backbone: str
+    task: str
+    rank: int
+    labels: int
+
+    def __str__(self):
+        return ":".join(map(str, self))
+
+
+class Problem(NamedTuple):
+    """A cell's data and backbone for one seed."""
+    load: Callable                   # () -> the pretrained model
+    task: structlora.Task
+    measure: Callable                # model -> {"accuracy", "loss", "ece"} on the test set
+    args: argparse.Namespace
+    train_head: bool
+
+
+# ---------------------------------------------------------------------------------------------
+# Problems
+
+
+def options(cell: Cell, seed: int, cache: Path, device: str, **more) -> argparse.Namespace:
+    """What the scripts' functions read of their command line."""
+    args = structlora.make_parser("", rank=cell.rank).parse_args([])
+    common = dict(seed=seed, device=device, steps=STEPS[cell.backbone], data=None, tokenizer=None,
+                  source_classes=None, image_size=None, max_length=512,
+                  out=cache / f"{cell.backbone}-{cell.task}-{seed}")
+    args.__dict__.update(common | more)
+    structlora.check_options(args)
+    return args
+
+
+def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean distance of confidence and accuracy over 15 bins of confidence (Guo et al. 2017)."""
+    confidence, predicted = probabilities.max(1)
+    bins = (confidence * 15).long().clamp_max(14)
+    gaps = [float(((predicted == labels).float() - confidence)[bins == b].sum().abs())
+            for b in range(15)]
+    return sum(gaps) / len(labels)
+
+
+def vit_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
+    """"pictures": those the script draws; "invert", "rotate", "classes": CIFAR-10, whose one
+    backbone serves all seeds."""
+    if cell.task == "pictures":
+        draw, classes, shift = train_vit.draw, 10, train_vit.SHIFTS["none"]
+        args = options(cell, seed, cache, device, batch_size=32, pretrain_steps=500)
+        source = draw(8000, 10 * seed, False), draw(1000, 10 * seed + 1, False)
+        train, test = draw(8000, 10 * seed + 2, True), draw(1000, 10 * seed + 3, True)
+        backbone = args
+    else:
+        listed = "0,1,2,3,4" if cell.task == "classes" else None
+        args = options(cell, seed, cache, device, batch_size=32, pretrain_steps=3000,
+                       data=str(CIFAR), source_classes=listed)
+        train, test, classes = train_vit.read_images(CIFAR)
+        source, shift = (train, test), train_vit.SHIFTS.get(cell.task, lambda x: x)
+        if listed:
+            source, (train, test), classes = train_vit.split_classes(train, test, classes, listed)
+        backbone = argparse.Namespace(**vars(args) | {"seed": 0, "out": cache / f"vit-{listed}"})
+    Path(backbone.out).mkdir(parents=True, exist_ok=True)
+    path = train_vit.pretrained(*source, backbone)
+    train = train.select(structlora.choose(train.labels, cell.labels, None, seed))
+    load = functools.partial(train_vit.load_vit, path, classes)
+    model = load()
+    train, test = (part.decoded(model.config.image_size) for part in (train, test))
+    train, test = (train_vit.Images(shift(part.pixels), part.labels) for part in (train, test))
+    task = train_vit.make_task(train, test, model.config, args, args.batch_size)
+
+    def measure(model):
+        logits = torch.cat([model(train_vit.prepare(x.to(device), model.config)).float().cpu()
+                            for x in test.pixels.split(256)])
+        return {"accuracy": (logits.argmax(1) == test.labels).float().mean().item(),
+                "loss": F.cross_entropy(logits, test.labels).item(),
+                "ece": expected_calibration_error(logits.softmax(1), test.labels)}
+    return Problem(load, task, measure, args, train_head=not model.head.weight.any())
+
+
+def llama_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
+    """"headings": the demo of train_llama.py, questions that become headings."""
+    write, tokenizer = train_llama.write_examples, train_llama.Bytes()
+    args = options(cell, seed, cache, device, batch_size=16, pretrain_steps=600)
+    source, held = write(8000, 10 * seed, False), write(200, 10 * seed + 1, False)
+    folder = train_llama.pretrained(source, held, tokenizer, args)
+    train, test = write(8000, 10 * seed + 2, True), write(500, 10 * seed + 3, True)
+    train = train_llama.choose(train, cell.labels, None, seed)
+    task = train_llama.make_task(train, test, tokenizer, args, args.batch_size)
+    rows = [train_llama.encode_rows(tokenizer, e.prompt, choice, 512, False)[0]
+            for e in test for choice in e.choices]
+    labels = torch.tensor([e.answer for e in test])
+    characters = torch.tensor([[len(choice) for choice in e.choices] for e in test])
+    tokens = sum(len(rows[4 * n + e.answer].tokens) - rows[4 * n + e.answer].start
+                 for n, e in enumerate(test))
+
+    def measure(model):
+        nll = train_llama.score(model, rows, args).view(-1, 4)
+        return {"accuracy": ((nll / characters).argmin(1) == labels).float().mean().item(),
+                "loss": float(nll.gather(1, labels[:, None]).sum()) / tokens,
+                "ece": expected_calibration_error((-nll).softmax(1), labels)}
+    load = lambda: train_llama.load_llama(folder, torch.float32, device)
+    return Problem(load, task, measure, args, train_head=False)
+
+
+PROBLEMS = {"vit": vit_problem, "llama": llama_problem}
+
+
+@functools.lru_cache(maxsize=2)
+def problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
+    """The problem, without what its functions print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return PROBLEMS[cell.backbone](cell, seed, cache, device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Methods: what structlora.training_step asks of adapters
+
+
+class Plain:
+    """Trains the parameters that `wanted` chooses by name: all, or the head."""
+
+    def __init__(self, model, cell, wanted=lambda name: True):
+        self.model = model
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(wanted(name)))
+
+    def param_groups(self, lr):
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": lr,
+                 "weight_decay": 0.01}]
+
+    def penalty(self, num_examples):
+        return 0.0
+
+    def observe_gradients(self):
+        pass
+
+    def prune(self, progress):
+        pass
+
+    def finish(self) -> dict:
+        """What the line says of the trained model."""
+        return {}
+
+
+class Ours(Plain):
+    """What attach() makes of a Config, with changes that only this comparison needs."""
+
+    def __init__(self, model, cell, static=None, selector=None, cut=False, **changes):
+        rank = changes.pop("rank", cell.rank)
+        config = {"rank": rank, "alpha": 2.0 * rank} | changes
+        self.adapters, self.rank, self.cut = attach(model, Config(**config)), cell.rank, cut
+        self.model, self.static = model, static
+        self.prune, self.observe_gradients = self.adapters.prune, self.adapters.observe_gradients
+        self.param_groups = self.adapters.param_groups
+        for graph in self.adapters.graphs if selector else ():
+            graph.importance = functools.partial(selector, graph)
+
+    def penalty(self, num_examples):
+        penalty = self.adapters.penalty(num_examples)
+        for graph in self.adapters.graphs if self.static else ():
+            gram = structlora.gram_matrix([(B.T, A) for A, B in zip(graph.A, graph.B)])
+            norm, next_ = gram.diagonal(), gram.diagonal(1)
+            if self.static == "laplacian":
+                penalty = penalty + 0.1 * (norm[1:] + norm[:-1] - 2 * next_).mean()
+            else:
+                cosine = next_ / (norm[1:] * norm[:-1]).clamp_min(1e-12).sqrt()
+                penalty = penalty + 0.1 * (1 - cosine).mean()
+        return penalty
+
+    def finish(self):
+        d = self.adapters.diagnostics()
+        mean = lambda values: statistics.fmean(values) if values else None
+        line = {"merged_rank": mean(d["kept"].values()), "drift": d["drift_energy"],
+                "cosine": d["update_cosine"], "rate": sum(d["rate"].values()) or None,
+                "coverage": mean(d["svd_coverage"].values())}
+        if not self.cut:
+            return line
+        for name, (B, A) in self.adapters.factors().items():     # the best of rank r, merged
+            B, A = structlora.truncate(B, A, self.rank)
+            self.adapters.layers[name].base.weight.data += B @ A
+        self.adapters.detach()
+        return line | {"merged_rank": self.rank}
+
+
+def random_importance(graph):
+    """A fixed random order of the directions."""
+    generator = torch.Generator().manual_seed(len(graph.names) + graph.A.shape[2])
+    return torch.rand(graph.kept.shape, generator=generator).to(graph.A.device)
+
+
+def norm_importance(graph):
+    """The norm of each direction's part of the update."""
+    scale = graph.scales(with_gate=True).flatten(1).abs()
+    sizes = scale * graph.gather(graph.A).norm(dim=-1) * graph.gather(graph.B).norm(dim=-1)
+    return sizes.view(graph.kept.shape)
+
+
+class Sora(Plain):
+    """SoRA (Ding et al. 2023): LoRA of rank 3r with a gate per direction that a proximal step
+    pulls to zero; its threshold ends training near r directions a layer, or what data wants."""
+    THRESHOLD = 5e-4
+
+    def __init__(self, model, cell):
+        rank = 3 * cell.rank
+        self.adapters = attach(model, Config(rank=rank, alpha=2.0 * rank, gate="gaussian", beta=0.0,
+                                             coordinator="none", edges="depth"))
+        self.model, self.gates = model, [graph.gate for graph in self.adapters.graphs]
+        for gate in self.gates:              # no noise: the mean of the gate alone
+            gate.log_sigma.data.fill_(-20.0).requires_grad_(False)
+            gate.per_layer = functools.partial(self.exact, gate)
+            gate.mean = lambda gate=gate: gate.mu
+
+    @staticmethod
+    def exact(gate):
+        return [(mu, torch.zeros_like(mu)) for mu in gate.mu.flatten(1).unbind()]
+
+    def param_groups(self, lr):
+        return self.adapters.param_groups(lr, gate_lr=lr)
+
+    @torch.no_grad()
+    def prune(self, progress):
+        for gate, graph in zip(self.gates, self.adapters.graphs):
+            gate.mu.copy_(F.softshrink(gate.mu, self.THRESHOLD))
+            graph.stamp = None
+
+    def finish(self):
+        kept = [int((gate.mu != 0).sum()) / len(gate.mu) for gate in self.gates]
+        return {"merged_rank": statistics.fmean(kept)}
+
+
+class Peft(Plain):
+    """A method of PEFT, by its configuration class, as it comes."""
+
+    def __init__(self, model, cell, kind, **settings):
+        import peft
+        self.model, self.step, self.tuner = model, 0, None
+        config = getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings)
+        if kind == "AdaLoraConfig":
+            self.tuner = peft.AdaLoraModel(model, config, "default")
+        elif kind == "VeraConfig":
+            peft.VeraModel(model, config, "default")
+        else:
+            peft.inject_adapter_in_model(config, model)
+
+    def penalty(self, num_examples):             # AdaLoRA keeps its factors near orthogonal
+        if self.tuner is None:
+            return 0.0
+        factors = [p for name, p in self.model.named_parameters() if p.requires_grad
+                   and ("lora_A" in name or "lora_B" in name)]
+        gram = [p @ p.T if p.shape[0] < p.shape[1] else p.T @ p for p in factors]
+        return 0.5 * sum((g - torch.eye(len(g)).to(g)).norm() for g in gram) / len(gram)
+
+    def prune(self, progress):
+        if self.tuner is not None:
+            self.step += 1
+            self.tuner.update_and_allocate(self.step)
+
+
+PLAIN = {"gate": "none", "coordinator": "none", "edges": "depth"}
+NO_GATE, NO_GRAPH = {"gate": "none"}, {"coordinator": "none", "edges": "depth"}
+
+
+def selected(**changes):
+    return lambda model, cell: Ours(model, cell, budget=float(cell.rank), **changes)
+
+
+METHODS = {
+    "frozen": None,
+    "head": lambda m, c: Plain(m, c, lambda name: name.startswith(("head", "lm_head"))),
+    "full fine-tuning": Plain,
+    "lora": lambda m, c: Ours(m, c, **PLAIN),
+    "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
+    "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
+    "structlora": Ours,
+    "gate only, gaussian": lambda m, c: Ours(m, c, **NO_GRAPH),
+    "gate only, concrete": lambda m, c: Ours(m, c, gate="concrete", **NO_GRAPH),
+    **{f"coordinator only, {kind}, {edges}, {hops} hop{'s' * (hops > 1)}":
+       functools.partial(Ours, coordinator=kind, edges=edges, hops=hops, **NO_GATE)
+       for kind, edges, hops in (("attention", "hybrid", 1), ("attention", "depth", 1),
+                                 ("attention", "similarity", 1), ("attention", "random", 1),
+                                 ("uniform", "hybrid", 1), ("uniform", "depth", 1),
+                                 ("attention", "hybrid", 2), ("attention", "hybrid", 3))},
+    "static cosine penalty": lambda m, c: Ours(m, c, static="cosine", **PLAIN),
+    "static laplacian penalty": lambda m, c: Ours(m, c, static="laplacian", **PLAIN),
+    "select r by gate": selected(),
+    "select r at random": selected(selector=random_importance),
+    "select r by norm": selected(selector=norm_importance),
+    "select r of own 3r": lambda m, c: Ours(m, c, rank=3 * c.rank, budget=float(c.rank),
+                                            **NO_GRAPH),
+    "cut to r by svd": lambda m, c: Ours(m, c, cut=True),
+    "lora 2r on v alone": lambda m, c: Ours(m, c, rank=2 * c.rank, targets=("v_proj",), **PLAIN),
+    "sora": Sora,
+    "adalora": lambda m, c: Peft(m, c, "AdaLoraConfig", init_r=2 * c.rank, target_r=c.rank,
+                                 lora_alpha=2 * c.rank, total_step=STEPS[c.backbone], tinit=50,
+                                 tfinal=50),
+    "dora": lambda m, c: Peft(m, c, "LoraConfig", r=c.rank, lora_alpha=2 * c.rank, use_dora=True),
+    "rslora": lambda m, c: Peft(m, c, "LoraConfig", r=c.rank, lora_alpha=2 * c.rank,
+                                use_rslora=True),
+    "shira": lambda m, c: Peft(m, c, "ShiraConfig", r=c.rank),
+    "vera": lambda m, c: Peft(m, c, "VeraConfig", r=64 * c.rank),
+    "lily": lambda m, c: Peft(m, c, "LilyConfig", r=c.rank)}
+CORE = ("frozen", "lora", "lora matched", "structlora")
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs
+
+
+def run(cell: Cell, method: str, lr: float, seed: int, rank: int, cache: Path, device: str) -> dict:
+    """One run -> its line. `rank` is the cell's, or that of "lora matched"."""
+    torch.set_num_threads(1)
+    p = problem(cell, seed, cache, device)
+    torch.manual_seed(seed)
+    model = p.load().to(device)
+    line = {"cell": str(cell), "method": method, "lr": lr, "seed": seed, "rank": rank}
+    if METHODS[method] is None:
+        return line | measured(p, model) | {"trainable": 0}
+    adapters = METHODS[method](model, cell._replace(rank=rank))
+    if p.train_head:
+        model.head.requires_grad_(True)
+    args = argparse.Namespace(**vars(p.args) | {"lr": lr})
+    optimizer, times = torch.optim.AdamW(adapters.param_groups(lr)), []
+    trainable = sum(q.numel() for group in optimizer.param_groups for q in group["params"])
+    torch.manual_seed(seed + 1)
+    model.train()
+    for step in range(args.steps):
+        began = time.perf_counter()
+        try:
+            structlora.training_step(model, adapters, p.task, args, optimizer, step)
+        except FloatingPointError:
+            return line | {"accuracy": 0.0, "loss": None, "ece": None, "diverged": step}
+        times.append(1e3 * (time.perf_counter() - began))
+    line |= adapters.finish()
+    return line | measured(p, model) | {"trainable": trainable, "ms": statistics.median(times)}
+
+
+def measured(p: Problem, model: nn.Module) -> dict:
+    model.eval()
+    with torch.no_grad():
+        return p.measure(model)
+
+
+class Results:
+    """The lines of a file, by (cell, method, lr, seed)."""
+
+    def __init__(self, path: Path):
+        self.path, self.lines = path, {}
+        for text in path.read_text().splitlines() if path.exists() else ():
+            self.remember(json.loads(text))
+
+    def remember(self, line: dict) -> None:
+        self.lines[line["cell"], line["method"], line["lr"], line["seed"]] = line
+
+    def add(self, line: dict) -> None:
+        """Appends to the file, numbers to five digits."""
+        line = {key: float(f"{value:.5g}") if isinstance(value, float) else value
+                for key, value in line.items() if value is not None}
+        self.remember(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def get(self, cell: Cell, method: str, lr: float, seeds) -> list[dict]:
+        """Lines of the seeds that have been run."""
+        keys = ((str(cell), method, lr, seed) for seed in seeds)
+        return [self.lines[key] for key in keys if key in self.lines]
+
+
+def sweep(results: Results, cell: Cell, method: str, tuning: range) -> tuple[list, float | None]:
+    """(learning rates still to be tried, or []; the best one once all have been)."""
+    rates = list(FULL_RATES if method in ("full fine-tuning", "head") else RATES)
+    for _ in range(4):
+        means = {}
+        for lr in rates:
+            lines = results.get(cell, method, lr, tuning)
+            if len(lines) < len(tuning):
+                return rates, None
+            means[lr] = statistics.fmean(line["accuracy"] for line in lines)
+        best = max(means, key=means.get)
+        if min(rates) < best < max(rates):
+            break
+        rates.append(best / 2 if best == min(rates) else best * 2)
+        rates.sort()
+    return [], best
+
+
+def missing(results: Results, cell: Cell, method: str, tuning: range, seeds: range) -> list[tuple]:
+    """The runs that come next for this method: of its sweep, then of the fresh seeds."""
+    rank = cell.rank
+    if METHODS[method] is None:
+        rates, seeds_of = [0.0], seeds
+    else:
+        if method == "lora matched":
+            rank = matched_rank(results, cell, tuning, seeds)
+            if rank is None:
+                return []
+        rates, best = sweep(results, cell, method, tuning)
+        rates, seeds_of = (rates, tuning) if rates else ([best], seeds)
+    return [(cell, method, lr, seed, rank) for seed in seeds_of for lr in rates
+            if (str(cell), method, lr, seed) not in results.lines]
+
+
+def matched_rank(results: Results, cell: Cell, tuning: range, seeds: range) -> int | None:
+    """StructLoRA's mean merged rank in its sweep at the best rate, rounded; None before that."""
+    _, best = sweep(results, cell, "structlora", tuning)
+    lines = results.get(cell, "structlora", best, tuning) if best else []
+    return round(statistics.fmean(line["merged_rank"] for line in lines)) if lines else None
+
+
+def run_all(cells: list[Cell], methods: list[str], args) -> None:
+    """Runs what is missing, in rounds, since a sweep decides what follows it."""
+    results, tuning, seeds = Results(args.results), range(100, 100 + args.tuning), range(args.seeds)
+    device = "cuda" if args.gpu else "cpu"
+    context = multiprocessing.get_context("spawn")
+    failed = set()
+    with ProcessPoolExecutor(args.processes, context) as pool:
+        while True:
+            jobs = [job for cell, method in itertools.product(cells, methods)
+                    if (str(cell), method) not in failed
+                    for job in missing(results, cell, method, tuning, seeds)]
+            if not jobs:
+                return
+            prepare(pool, jobs, args.cache, device)
+            jobs.sort(key=lambda job: (job[0], job[3]))          # a worker's data serve it again
+            futures = {pool.submit(run, *job, args.cache, device): job for job in jobs}
+            for number, future in enumerate(as_completed(futures), 1):
+                job = futures[future]
+                try:
+                    results.add(future.result())
+                except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    if (str(job[0]), job[1]) not in failed:
+                        print(f"{job[0]} {job[1]}: not run: {structlora.one_line(error)}")
+                    failed.add((str(job[0]), job[1]))
+                print(f"\r{number} of {len(jobs)} runs", end="", file=sys.stderr, flush=True)
+
+
+def prepare(pool, jobs: list[tuple], cache: Path, device: str) -> None:
+    """Pretrains each backbone once, before two workers would at the same time."""
+    own = lambda cell: cell.task in ("pictures", "headings")     # a backbone for each seed
+    first = {(cell.backbone, cell.task == "classes", own(cell) and seed): (cell, seed)
+             for cell, _, _, seed, _ in jobs}
+    list(pool.map(warm, [(cell, seed, cache, device) for cell, seed in first.values()]))
+
+
+def warm(arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    problem(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def student(t: float, degrees: int) -> float:
+    """Two-sided p of Student's t, by Simpson's rule on its density."""
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
+    scale /= math.sqrt(degrees * math.pi)
+    density = lambda x: scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+    n, h = 2000, min(abs(t), 200.0) / 2000
+    area = density(0) + density(n * h)
+    area += sum((4 if i % 2 else 2) * density(i * h) for i in range(1, n))
+    return max(0.0, 1 - 2 * area * h / 3)
+
+
+def critical(degrees: int) -> float:
+    """|t| at p = 0.05."""
+    low, high = 0.0, 100.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, degrees) > 0.05 else (low, middle)
+    return low
+
+
+def paired(mine: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """(mean difference, half width of its 95% interval, p of the paired t-test)."""
+    differences = [a - b for a, b in zip(mine, theirs)]
+    mean, n = statistics.fmean(differences), len(differences)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    if error == 0:
+        return mean, 0.0, 1.0 if mean == 0 else 0.0
+    return mean, critical(n - 1) * error, student(mean / error, n - 1)
+
+
+def holm(values: list[float]) -> list[float]:
+    """Holm's correction of p-values."""
+    order, result, worst = sorted(range(len(values)), key=values.__getitem__), list(values), 0.0
+    for place, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(values) - place) * values[i]))
+        result[i] = worst
+    return result
+
+
+def compared(results: Results, tuning: range, seeds: range) -> list[dict]:
+    """A row for each cell and method that has been run, in the order of METHODS; differences are
+    to LoRA of the same cell, p-values corrected over all rows."""
+    cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
+                    for key in results.lines})
+    rows = []
+    for cell, method in itertools.product(cells, METHODS):
+        best = 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning)[1]
+        lines = results.get(cell, method, best, seeds) if best is not None else []
+        if len(lines) == len(seeds):
+            rows.append({"cell": cell, "method": method, "lr": best, "lines": lines})
+    baseline = {row["cell"]: row["lines"] for row in rows if row["method"] == "lora"}
+    tested = [row for row in rows if row["method"] != "lora" and row["cell"] in baseline]
+    for row in tested:
+        accuracy = lambda lines: [100 * line["accuracy"] for line in lines]
+        row["difference"] = paired(accuracy(row["lines"]), accuracy(baseline[row["cell"]]))
+    for row, p in zip(tested, holm([row["difference"][2] for row in tested])):
+        row["p"] = p
+    return rows
+
+
+def print_tables(results: Results, tuning: range, seeds: range) -> None:
+    """One Markdown table per cell."""
+    rows = compared(results, tuning, seeds)
+    tested = sum("p" in row for row in rows)
+    print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
+          "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
+          f"{tested} rows")
+    for cell, group in itertools.groupby(rows, lambda row: row["cell"]):
+        print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
+        structlora.print_table([as_cells(row) for row in group])
+
+
+def as_cells(row: dict) -> dict:
+    """The strings of a row of the table."""
+    def mean(key, form, factor=1.0):
+        values = [factor * line[key] for line in row["lines"] if key in line]
+        return format(statistics.fmean(values), form) if values else "-"
+    accuracy = [100 * line["accuracy"] for line in row["lines"]]
+    difference, half, _ = row.get("difference", (0.0, 0.0, 1.0))
+    show = "p" in row
+    rank = {"lora matched": f" r={row['lines'][0]['rank']}"}.get(row["method"], "")
+    return {"method": row["method"] + rank, "lr": f"{row['lr']:.3g}" if row["lr"] else "-",
+            "accuracy": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
+            "to LoRA": f"{difference:+.1f} ± {half:.1f}" if show else "",
+            "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
+            "calibration error": mean("ece", ".1f", 100), "trainable": mean("trainable", ",.0f"),
+            "merged rank": mean("merged_rank", ".1f"), "ms/step": mean("ms", ".1f")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw_figures(results: Results, tuning: range, seeds: range, folder: Path) -> None:
+    """Accuracy against rank and against labels, for LoRA, matched LoRA and StructLoRA."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "structlora"           # the same file from the same data
+    import matplotlib.pyplot as plt
+    rows, folder = compared(results, tuning, seeds), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = sorted({(row["cell"].backbone, row["cell"].task) for row in rows})
+    for field, other in (("rank", "labels"), ("labels", "rank")):
+        lines = [(task, fixed) for task in tasks for fixed in
+                 sorted({getattr(row["cell"], other) for row in rows if row["cell"][:2] == task})
+                 if len({getattr(row["cell"], field) for row in rows if row["cell"][:2] == task
+                         and getattr(row["cell"], other) == fixed}) > 1]
+        if not lines:
+            continue
+        figure, axes = plt.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.2), squeeze=False)
+        for axis, (task, fixed) in zip(axes[0], lines):
+            for method in CORE[1:]:
+                mine = [row for row in rows if row["cell"][:2] == task and row["method"] == method
+                        and getattr(row["cell"], other) == fixed]
+                values = [[100 * line["accuracy"] for line in row["lines"]] for row in mine]
+                error = [critical(len(v) - 1) * statistics.stdev(v) / len(v) ** 0.5 for v in values]
+                axis.errorbar([getattr(row["cell"], field) for row in mine],
+                              list(map(statistics.fmean, values)), error, label=method, capsize=3)
+            axis.set(xscale="log", xlabel=field, ylabel="accuracy (%)",
+                     title=f"{' '.join(task)}, {other} {fixed}")
+            ticks = sorted({getattr(row["cell"], field) for row in rows if row["cell"][:2] == task
+                            and getattr(row["cell"], other) == fixed})
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
+        axes[0][0].legend()
+        figure.tight_layout()
+        figure.savefig(folder / f"accuracy_{field}.svg", metadata={"Date": None})
+        print(folder / f"accuracy_{field}.svg")
+
+
+# ---------------------------------------------------------------------------------------------
+# Main
+
+
+def grid(full: bool) -> list[Cell]:
+    """--full: the whole grid; --quick: a cell of each backbone."""
+    if not full:
+        return [Cell("vit", "pictures", 2, 50), Cell("llama", "headings", 2, 128)]
+    tasks = ["pictures"] + ["invert", "rotate", "classes"] * CIFAR.is_dir()
+    ranks, labels = (1, 2, 4, 8, 16), (10, 20, 50, 200, 1000)
+    return [Cell("vit", *parts) for parts in itertools.product(tasks, ranks, labels)] + [
+        Cell("llama", "headings", *parts) for parts in itertools.product(ranks, (32, 128, 512))]
+
+
+def parse_cell(text: str) -> Cell:
+    backbone, task, rank, labels = text.split(":")
+    if backbone not in PROBLEMS:
+        raise argparse.ArgumentTypeError(f"{backbone}: one of {', '.join(PROBLEMS)}")
+    return Cell(backbone, task, int(rank), int(labels))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true")
+    p.add_argument("--full", action="store_true")
+    p.add_argument("--table", action="store_true")
+    p.add_argument("--figures", action="store_true")
+    p.add_argument("--cells", nargs="+", type=parse_cell, default=[])
+    p.add_argument("--backbone", choices=list(PROBLEMS), help="only the cells of this one")
+    p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
+                   help="default: all with --full, else " + ", ".join(CORE))
+    p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 4 with --quick)")
+    p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 2 with --quick)")
+    p.add_argument("--processes", type=int, default=os.cpu_count())
+    p.add_argument("--gpu", action="store_true", help="run on CUDA")
+    p.add_argument("--cache", type=Path, default=ROOT / "out/bench", help="for the backbones")
+    p.add_argument("--results", type=Path)
+    args = p.parse_args()
+    args.seeds, args.tuning = args.seeds or (4 if args.quick else 10), args.tuning or 3 - args.quick
+    name = "quick.jsonl" if args.quick else "accuracy.jsonl"
+    args.results = args.results or (ROOT / ("out/bench" if args.quick else "tests/results") / name)
+    cells = args.cells or (grid(args.full) if args.quick or args.full else [])
+    cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
+    if not (cells or args.table or args.figures):
+        p.error("say what to do: --quick, --full, --cells, --table or --figures")
+    tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
+    if cells and not (args.table or args.figures):
+        run_all(cells, args.methods or list(METHODS if args.full else CORE), args)
+        print()
+    if args.figures:
+        draw_figures(Results(args.results), tuning, seeds, ROOT / ".github/figures")
+    else:
+        print_tables(Results(args.results), tuning, seeds)
+
+
+if __name__ == "__main__":
+    main()
