@@ -851,15 +851,15 @@ def read_torch(path: str | Path) -> Any:
                          f"({type(error).__name__}); fetch it again") from None
 
 
-def read_json(path: str | Path) -> dict:
-    """Reads a JSON object; raises InputError that names the file."""
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Reads a JSON object, or any value with kind=object; raises InputError that names the file."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise InputError(f"{path}: not a JSON object")
     return value
 

@@ -10,7 +10,8 @@ A cell is backbone:task:rank:labels (per class for images, in all for text). In 
 has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
-differences are paired. Every run is one line of --results and is never run twice. PEFT's methods need peft.
+differences are paired. Every run is one line of --results and is never run twice. PEFT's methods
+need peft.
 """
 
 import argparse
