@@ -3,6 +3,7 @@
     python tests/bench_accuracy.py --quick              under 10 minutes on 2 cores
     python tests/bench_accuracy.py --full               every cell and method (days on 2 cores)
     python tests/bench_accuracy.py --cells vit:pictures:2:50 --methods lora structlora
+    python tests/bench_accuracy.py --trace              what happens inside, LoRA beside StructLoRA
     python tests/bench_accuracy.py --table              the tables of what has been run
     python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
 
@@ -498,6 +499,37 @@ def warm(arguments: tuple) -> None:
     problem(*arguments)
 
 
+def trace(results: Results, args) -> None:
+    """Diagnostics every tenth step of LoRA and StructLoRA at their best rates, seed 0, on the
+    pictures at rank 2, into trace.json beside the results."""
+    cell, lines, device = Cell("vit", "pictures", 2, 50), {}, "cuda" if args.gpu else "cpu"
+    for method in ("lora", "structlora"):
+        _, lr = sweep(results, cell, method, range(100, 100 + args.tuning))
+        p = problem(cell, 0, args.cache, device)
+        torch.manual_seed(0)
+        model = p.load().to(device)
+        ours = METHODS[method](model, cell)
+        optimizer = torch.optim.AdamW(ours.param_groups(lr or 1e-2))
+        torch.manual_seed(1)
+        lines[method] = {"step": [], "drift": [], "cosine": []}
+        model.train()
+        for step in range(p.args.steps):
+            structlora.training_step(model, ours, p.task, p.args, optimizer, step)
+            if step % 10 == 9:
+                d = ours.adapters.diagnostics()
+                for key, value in (("step", step + 1), ("drift", d["drift_energy"]),
+                                   ("cosine", d["update_cosine"])):
+                    lines[method][key].append(round(value, 4))
+        lines[method]["matrix"] = {kind: [[round(v, 3) for v in row] for row in matrix.tolist()]
+                                   for kind, matrix in d["cosine_matrix"].items()}
+        lines[method]["coverage"] = {k: round(v, 4) for k, v in d["svd_coverage"].items()}
+        if ours.adapters.config.gate != "none":
+            lines[method]["snr"] = {name: [round(v, 3) for v in score.flatten().tolist()]
+                                    for g in ours.adapters.graphs
+                                    for name, score in zip(g.names, g.gate.score())}
+    structlora.write_json(args.results.with_name("trace.json"), lines)
+
+
 # ---------------------------------------------------------------------------------------------
 # Tables
 
@@ -601,8 +633,7 @@ def draw_figures(results: Results, tuning: range, seeds: range, folder: Path) ->
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "structlora"           # the same file from the same data
     import matplotlib.pyplot as plt
-    rows, folder = compared(results, tuning, seeds), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    rows = compared(results, tuning, seeds)
     tasks = sorted({(row["cell"].backbone, row["cell"].task) for row in rows})
     for field, other in (("rank", "labels"), ("labels", "rank")):
         lines = [(task, fixed) for task in tasks for fixed in
@@ -627,9 +658,46 @@ def draw_figures(results: Results, tuning: range, seeds: range, folder: Path) ->
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
         axes[0][0].legend()
-        figure.tight_layout()
-        figure.savefig(folder / f"accuracy_{field}.svg", metadata={"Date": None})
-        print(folder / f"accuracy_{field}.svg")
+        save_figure(figure, folder / f"accuracy_{field}.svg")
+
+
+def draw_trace(path: Path, folder: Path) -> None:
+    """Drift energy and adjacent cosine against the step; the layers' cosines; the gates."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "structlora"
+    import matplotlib.pyplot as plt
+    lines = structlora.read_json(path)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    for method, values in lines.items():
+        axes[0].plot(values["step"], values["drift"], label=method)
+        axes[1].plot(values["step"], values["cosine"], label=method)
+    snr = lines["structlora"]["snr"]
+    axes[2].boxplot(list(snr.values()), tick_labels=[n.removeprefix("blocks.") for n in snr])
+    axes[2].axhline(1, linewidth=0.5)
+    axes[2].tick_params(axis="x", labelrotation=90)
+    for axis, title in zip(axes, ("drift energy", "cosine of adjacent updates",
+                                  "signal-to-noise of the gates (open above 1)")):
+        axis.set_title(title, fontsize=10)
+    axes[0].set(yscale="log", xlabel="step")
+    axes[1].set(xlabel="step")
+    axes[2].set(yscale="log")
+    axes[0].legend()
+    save_figure(figure, folder / "training.svg")
+    kinds = list(lines["lora"]["matrix"])
+    figure, axes = plt.subplots(1, 2 * len(kinds), figsize=(3 * 2 * len(kinds), 3))
+    for axis, (method, kind) in zip(axes, itertools.product(lines, kinds)):
+        axis.imshow(lines[method]["matrix"][kind], vmin=-1, vmax=1, cmap="RdBu")
+        axis.set_title(f"{method}, {kind.rpartition('.')[2]}", fontsize=10)
+    save_figure(figure, folder / "cosines.svg")
+
+
+def save_figure(figure, path: Path) -> None:
+    """Writes an .svg that depends on the data alone."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    print(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -660,6 +728,7 @@ def main() -> None:
     p.add_argument("--full", action="store_true")
     p.add_argument("--table", action="store_true")
     p.add_argument("--figures", action="store_true")
+    p.add_argument("--trace", action="store_true")
     p.add_argument("--cells", nargs="+", type=parse_cell, default=[])
     p.add_argument("--backbone", choices=list(PROBLEMS), help="only the cells of this one")
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
@@ -676,14 +745,18 @@ def main() -> None:
     args.results = args.results or (ROOT / ("out/bench" if args.quick else "tests/results") / name)
     cells = args.cells or (grid(args.full) if args.quick or args.full else [])
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
-    if not (cells or args.table or args.figures):
-        p.error("say what to do: --quick, --full, --cells, --table or --figures")
+    if not (cells or args.table or args.figures or args.trace):
+        p.error("say what to do: --quick, --full, --cells, --trace, --table or --figures")
     tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
     if cells and not (args.table or args.figures):
         run_all(cells, args.methods or list(METHODS if args.full else CORE), args)
         print()
-    if args.figures:
+    if args.trace:
+        trace(Results(args.results), args)
+    elif args.figures:
         draw_figures(Results(args.results), tuning, seeds, ROOT / ".github/figures")
+        if (path := args.results.with_name("trace.json")).exists():
+            draw_trace(path, ROOT / ".github/figures")
     else:
         print_tables(Results(args.results), tuning, seeds)
 

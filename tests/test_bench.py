@@ -1,0 +1,96 @@
+"""bench_accuracy.py: its statistics, and what it decides to run next."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+import bench_accuracy
+from bench_accuracy import (Cell, Results, critical, holm, matched_rank, missing, paired, student,
+                            sweep)
+
+CELL, TUNING, SEEDS = Cell("vit", "pictures", 2, 50), range(100, 102), range(3)
+
+
+def test_students_p_is_that_of_the_tables():
+    for t, degrees, p in ((2.262, 9, 0.05), (3.250, 9, 0.01), (12.706, 1, 0.05),
+                          (1.960, 9999, 0.05), (0.0, 5, 1.0)):
+        assert student(t, degrees) == student(-t, degrees) == pytest.approx(p, abs=2e-4)
+    assert critical(9) == pytest.approx(2.262, abs=1e-3)
+
+
+def test_paired_differences_by_hand():
+    mean, half, p = paired([3.0, 5.0, 4.0], [1.0, 2.0, 3.0])     # differences 2, 3, 1
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, abs=1e-3)
+    assert p == pytest.approx(student(2 * 3 ** 0.5, 2))
+    assert paired([1.0, 1.0], [1.0, 1.0]) == (0, 0, 1)
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0]) and holm([]) == []
+
+
+def fill(results, method, accuracy, **more):
+    """Runs all that is missing, with made-up accuracies, until nothing is."""
+    rounds = []
+    while jobs := missing(results, CELL, method, TUNING, SEEDS):
+        rounds.append(jobs)
+        for cell, name, lr, seed, rank in jobs:
+            results.add({"cell": str(cell), "method": name, "lr": lr, "seed": seed, "rank": rank,
+                         "accuracy": accuracy(lr), "merged_rank": 4.4} | more)
+    return rounds
+
+
+def test_a_sweep_is_widened_until_its_best_lies_inside(tmp_path):
+    results = Results(tmp_path / "r.jsonl")
+    best = bench_accuracy.RATES[0] / 4                           # two steps below the first
+    rounds = fill(results, "lora", lambda lr: -abs(lr - best))
+    assert [len(jobs) for jobs in rounds] == [8, 2, 2, 2, 3]     # 4 rates, 3 more, the fresh seeds
+    assert {job[2] for job in rounds[-1]} == {best} and {j[3] for j in rounds[-1]} == {0, 1, 2}
+    assert {job[3] for jobs in rounds[:-1] for job in jobs} == {100, 101}
+    again = Results(tmp_path / "r.jsonl")                        # finished runs are skipped
+    assert again.lines == results.lines and not missing(again, CELL, "lora", TUNING, SEEDS)
+
+
+def test_the_matched_rank_is_structloras_and_waits_for_it(tmp_path):
+    results = Results(tmp_path / "r.jsonl")
+    assert missing(results, CELL, "lora matched", TUNING, SEEDS) == []
+    fill(results, "structlora", lambda lr: -abs(lr - 1e-2))
+    assert sweep(results, CELL, "structlora", TUNING) == ([], 1e-2)
+    assert matched_rank(results, CELL, TUNING, SEEDS) == 4
+    assert {job[4] for job in missing(results, CELL, "lora matched", TUNING, SEEDS)} == {4}
+
+
+def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
+    results = Results(tmp_path / "r.jsonl")
+    for method, extra in (("lora", 0.0), ("structlora", 0.1)):
+        fill(results, method, lambda lr: 0.5 + extra - abs(lr - 1e-2))
+    for (_, method, lr, seed), line in results.lines.items():    # seeds differ, pairs do not
+        line["accuracy"] += 0.01 * seed + (0.001 * seed if method == "lora" else 0)
+    rows = bench_accuracy.compared(results, TUNING, SEEDS)
+    assert [row["method"] for row in rows] == ["lora", "structlora"]
+    mean, half, _ = rows[1]["difference"]
+    assert mean == pytest.approx(9.9) and half < 0.3 and rows[1]["p"] < 0.01
+    cells = bench_accuracy.as_cells(rows[1])
+    assert cells["to LoRA"].startswith("+9.9") and cells["merged rank"] == "4.4"
+
+
+def test_calibration_error_by_hand():
+    sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
+    labels = torch.tensor([0, 1, 1, 1])          # bins: 0.9 twice, half right; 0.6 and 0.8, right
+    expected = (2 * abs(0.5 - 0.9) + 0.4 + 0.2) / 4
+    assert bench_accuracy.expected_calibration_error(sure, labels) == pytest.approx(expected)
+
+
+def test_committed_results_are_small_and_whole():
+    path = bench_accuracy.ROOT / "tests/results/accuracy.jsonl"
+    if not path.exists():
+        pytest.skip("no results are committed")
+    assert path.stat().st_size < 1e6
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    keys = [(line["cell"], line["method"], line["lr"], line["seed"]) for line in lines]
+    assert len(set(keys)) == len(keys) and {line["method"] for line in lines} <= set(
+        bench_accuracy.METHODS)
+    assert 0 <= statistics.fmean(line["accuracy"] for line in lines) <= 1
