@@ -953,6 +953,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Fills in what depends on other options; raises InputError that names the option."""
     if args.fraction and args.fraction > 1:
         raise InputError(f"--fraction {args.fraction}: must be in (0, 1]")
+    if not 0 <= args.seed < 2 ** 31:
+        raise InputError(f"--seed {args.seed}: must be in [0, 2^31)")
     if not 0 <= args.weight_decay < 1:
         raise InputError(f"--weight-decay {args.weight_decay}: must be in [0, 1)")
     try:

@@ -68,9 +68,9 @@ class LlamaConfig:
         """Raises InputError, naming `path`, if the sizes make no model; returns the config."""
         for field in fields(self)[:9]:
             value = getattr(self, field.name)
-            if not isinstance(value, (int, field.type)) or not 0 < value < math.inf:
+            if not isinstance(value, (int, field.type)) or not 0 < value < 2 ** 31:
                 raise InputError(f"{path}: {field.name} = {value!r}: must be a positive "
-                                 f"{field.type.__name__}")
+                                 f"{field.type.__name__} of a size that exists")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise InputError(f"{path}: {self.num_heads} heads on {self.num_kv_heads} key-value "
                              f"heads of width {self.head_dim}: must divide, and the width be even")
@@ -308,10 +308,14 @@ def read_checkpoint(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
         return read_merged(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such folder; --checkpoint is the folder of the weights")
-    if any(directory.glob("consolidated.*.pth")):
-        return read_meta(directory)
-    if any(directory.glob("pytorch_model*.bin*")):
-        return read_huggingface(directory)
+    for pattern, read in (("consolidated.*.pth", read_meta),
+                          ("pytorch_model*.bin*", read_huggingface)):
+        if any(directory.glob(pattern)):
+            config, parts = read(directory)
+            if config.num_layers > len(parts):           # before a model of so many is built
+                raise InputError(f"{directory}: {len(parts)} weights for {config.num_layers} "
+                                 "layers")
+            return config, parts
     if any(directory.glob("*.safetensors")):
         raise InputError(f"{directory}: has safetensors files only; write their tensors once with "
                          "torch.save(safetensors.torch.load_file(f), 'pytorch_model.bin'), or "
@@ -337,9 +341,10 @@ def assemble(model: Llama, directory: Path, parts: dict[str, Part], dtype: torch
             raise InputError(f"{part.paths[0]}: {name} is {shape}, expected "
                              f"{list(expected[name])}: a shard is missing, or the sizes in "
                              "params.json or config.json are of another model")
-        if not part.tensors[0].is_floating_point():
-            raise InputError(f"{part.paths[0]}: {name} is {part.tensors[0].dtype}: a quantised "
-                             "checkpoint; give the original one")
+        for path, tensor in zip(part.paths, part.tensors):
+            if not tensor.is_floating_point():
+                raise InputError(f"{path}: {name} is {tensor.dtype}: a quantised checkpoint; give "
+                                 "the original one")
     state = {name: part.read(name, dtype, device) for name, part in parts.items()}
     if config.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -352,7 +357,7 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     state = structlora.read_torch(path)
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: not a state dict of tensors")
-    return {key: tensor for key, tensor in state.items()
+    return {str(key): tensor for key, tensor in state.items()
             if not str(key).endswith(("rope.freqs", "rotary_emb.inv_freq"))}
 
 

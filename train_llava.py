@@ -189,7 +189,7 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
         inside = {key.removeprefix(INSIDE): parts.pop(key) for key in list(parts)
                   if key.startswith(INSIDE)}
         vision, tower = read_tower(directory, inside, vision_directory,
-                                   settings.get("mm_vision_select_layer", -2))
+                                   settings["mm_vision_select_layer"])
         parts |= tower
     if projector:
         parts |= read_projector(Path(projector))
@@ -206,6 +206,8 @@ def read_settings(directory: Path) -> dict:
         if said.setdefault(key, allowed[0]) not in allowed:
             raise InputError(f"{path}: {key} = {said[key]!r} is not supported; only "
                              f"{' or '.join(map(repr, allowed))} is: this is no LLaVA-1.5")
+    if type(layer := said.setdefault("mm_vision_select_layer", -2)) is not int:
+        raise InputError(f"{path}: mm_vision_select_layer = {layer!r}: no number of a layer")
     return said
 
 
@@ -234,21 +236,33 @@ def read_tower(directory: Path, inside: dict, folder: str | Path | None,
                           std=CLIP_STD, eps=said.get("layer_norm_eps", 1e-5))
     if (layers := said.get("num_hidden_layers", config.depth)) != config.depth:
         raise InputError(f"{path}: has {config.depth} of the {layers} layers in config.json")
-    used = select_layer if select_layer >= 0 else layers + 1 + select_layer
+    if not isinstance(config.heads, int) or config.heads < 1 or config.width % config.heads:
+        raise InputError(f"{path}: width {config.width} does not divide into {config.heads} heads")
+    used = layers + 1 + select_layer if select_layer < 0 else select_layer
     if not 0 < used <= layers:
         raise InputError(f"{directory}: mm_vision_select_layer = {select_layer}, but {path} has "
                          f"{layers} layers")
     kept = {f"model.vision_tower.{name}": llama.Part(part.paths, [tensors[name]])
             for name, part in parts.items() if not name.startswith("unused")
             and not (name.startswith("blocks.") and int(name.split(".")[1]) >= used)}
-    return replace(config, depth=used), kept
+    config = replace(config, depth=used)
+    with torch.device("meta"):
+        expected = Tower(config).state_dict()
+    for name in expected.keys() - {key.removeprefix("model.vision_tower.") for key in kept}:
+        raise InputError(f"{path}: no weights for model.vision_tower.{name}: incomplete, or of "
+                         "another model")
+    return config, kept
 
 
 def read_clip_config(path: Path) -> dict:
     """The vision part of CLIP's config.json, with what it leaves to CLIP's defaults."""
     said = structlora.read_json(path)
+    if not isinstance(vision := said.get("vision_config", said), dict):
+        raise InputError(f"{path}: vision_config is no object of sizes")
     said = {"num_hidden_layers": 12, "num_attention_heads": 12, "layer_norm_eps": 1e-5,
-            "hidden_act": "quick_gelu"} | said.get("vision_config", said)
+            "hidden_act": "quick_gelu"} | vision
+    if not isinstance(said["layer_norm_eps"], float):
+        raise InputError(f"{path}: layer_norm_eps = {said['layer_norm_eps']!r}: no number")
     if said["hidden_act"] != "quick_gelu":
         raise InputError(f"{path}: hidden_act = {said['hidden_act']!r}: only CLIP's quick_gelu is "
                          "supported")
@@ -371,9 +385,10 @@ def read_examples(files: list[Path], images: Path) -> list[Example]:
         if isinstance(content, dict) and "questions" in content:
             near = [f for f in file.parent.glob("*annotations*.json") if f not in contents]
             for value in [*contents.values(), *map(read, near)]:
-                if isinstance(value, dict):
-                    answers |= {a["question_id"]: a for a in value.get("annotations", ())
-                                if isinstance(a, dict) and "question_id" in a}
+                said = value.get("annotations") if isinstance(value, dict) else None
+                said = said if isinstance(said, list) else ()
+                answers |= {str(a["question_id"]): a for a in said
+                            if isinstance(a, dict) and "question_id" in a}
     for file, content in contents.items():
         try:
             match content:
@@ -389,7 +404,13 @@ def read_examples(files: list[Path], images: Path) -> list[Example]:
                 case _:
                     raise InputError(f"{file}: expected LLaVA's conversations, COCO captions, or "
                                      "VQAv2's questions and annotations")
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            for e in found:
+                texts = [e.name, *e.references, *(text for turn in e.turns for text in turn)]
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"no text: {texts}")
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{file}: a record is damaged: {type(error).__name__}: "
                              f"{structlora.one_line(error)}") from None
         examples += [e._replace(image=find_picture(images, e.name, file)) if e.name else e
@@ -418,7 +439,7 @@ def parse_conversation(record: dict, where: str) -> Example:
 
 def parse_question(question: dict, answers: dict, file: dict, path: Path) -> Example:
     """A question of VQAv2; its picture is named as COCO's are, or by a field "image"."""
-    number = question["question_id"]
+    number = str(question["question_id"])
     if number not in answers:
         raise InputError(f"{path}: no annotation answers question {number}")
     name = question.get("image") or (f"COCO_{file['data_subtype']}_{question['image_id']:012d}.jpg")
@@ -463,7 +484,7 @@ def read_picture(path: Path) -> torch.Tensor:
     """uint8 pixels [3, H, W] of a file. Raises InputError that names it."""
     try:
         if path.suffix.lower() == ".npy":
-            pixels = np.load(path, allow_pickle=False)
+            pixels = np.load(path, mmap_mode="r", allow_pickle=False)    # checks the size claimed
         elif path.suffix.lower() == ".ppm":
             pixels = read_ppm(path.read_bytes())
         else:
@@ -473,7 +494,7 @@ def read_picture(path: Path) -> torch.Tensor:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"{pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
         raise InputError(f"{path}: not a readable picture ({structlora.one_line(error)})") from None
 
 

@@ -210,6 +210,8 @@ def sizes_of(path: Path, tensors: dict, heads: int | None, **rest) -> ViTConfig:
         raise InputError(f"{path}: pos_embed has {tensors['pos_embed'].shape[1]} positions, not "
                          "one class token and a square grid (distilled DeiT is not supported)")
     depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
+    if depth > len(tensors):                     # before a model of so many blocks is built
+        raise InputError(f"{path}: {len(tensors)} tensors for {depth} blocks")
     heads = heads or (16 if (width, depth) == (1280, 32) else max(1, width // 64))
     return ViTConfig(grid * patch, patch, width, depth, heads, mlp,
                      pre_logits="pre_logits.weight" in tensors, **rest)
@@ -231,6 +233,10 @@ def read_state(path: Path, state: Any, prefix: str, table: dict) -> dict:
     """Our name -> fp32 tensor from a PyTorch state dict; absent q, k, v biases become zeros."""
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path}: not a state dict of tensors")
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise InputError(f"{path}: {key} is {tensor.dtype}: a quantised checkpoint; give the "
+                             "original one")
     state = {str(key).removeprefix(prefix): value.float() for key, value in state.items()}
     tensors = rename(path, state, table)
     for key in [key for key in tensors if ".qkv." in key]:       # timm fuses the three

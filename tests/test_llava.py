@@ -27,7 +27,8 @@ SIZES = {"plain": (11, 16, 2, 2, 2, 24, 12, 4, 12, 3, 2),
          "grouped": (9, 24, 1, 4, 2, 20, 10, 5, 8, 2, 1)}
 I = IMAGE_TOKEN
 PROMPTS = {"one": [[1, 3, I, 4, 5]],
-           "mixed": [[I, 2, 3], [1, 5, 3, I, 2, 6, 4], [4, 2, 1, 6, 3, I], [1, 2, 3, 4]]}
+           "mixed": [[I, 2, 3], [1, 5, 3, I, 2, 6, 4], [4, 2, 1, 6, 3, I], [1, 2, 3, 4]],
+           "two": [[2, I, 3, I, 5], [1, I]]}
 EXPECTED = {
     ('plain', 'one'): [
         [[-1.78623, 1.06164, 0.62945, 0.24582, 0.22905, 0.43173, 0.62443, 0.43041, -0.22367,
@@ -53,6 +54,16 @@ EXPECTED = {
          -2.27757, -2.59821, 0.74062, 2.73517], [0.44976, -1.59163, 0.06738, 1.50076, 1.85924,
          1.68504, 0.78984, -0.96354, -2.15984, -0.48242, 2.09444]],
     ],
+    ('plain', 'two'): [
+        [[0.09356, -1.17887, 0.65643, 1.60192, 1.77325, 1.73858, 1.22061, -0.23063, -1.77956,
+         -1.00242, 1.61552], [0.33461, -1.46549, 0.24855, 1.5258, 1.82247, 1.689, 0.91479,
+         -0.72857, -2.01995, -0.64182, 1.91918], [0.26945, -1.47218, 0.20526, 1.53245, 1.85402,
+         1.70674, 0.87984, -0.82336, -2.09077, -0.58396, 1.99954]],
+        [[-1.78623, 1.06164, 0.62945, 0.24582, 0.22905, 0.43173, 0.62443, 0.43041, -0.22367,
+         -0.51408, 0.14584], [1.68406, -0.05443, 0.37063, -0.52301, -1.02189, -0.99335,
+         -0.25559, 1.18671, 1.91983, 0.02192, -2.07875], [2.30634, -0.6239, -0.13934, -0.5768,
+         -0.95672, -1.10616, -0.72868, 0.52677, 1.74004, 0.60223, -1.84596]],
+    ],
     ('grouped', 'one'): [
         [[0.80041, 1.71571, -0.5634, 0.57047, -2.35215, 1.55785, 2.79528, 2.11604, 1.71636],
          [-0.84954, -1.26465, 2.64162, -2.27029, 1.67587, 0.75919, -0.92979, -1.25228,
@@ -74,6 +85,15 @@ EXPECTED = {
         [[0.80041, 1.71571, -0.5634, 0.57047, -2.35215, 1.55785, 2.79528, 2.11604, 1.71636],
          [-0.69475, -1.83861, 3.63023, -3.23517, 3.02963, 0.436, -2.31813, -2.44675, -2.07335],
          [-1.5896, -1.03528, 1.81491, -1.68312, 0.68487, 1.30755, 0.19029, -0.44367, -0.51779]],
+    ],
+    ('grouped', 'two'): [
+        [[1.07494, -2.06092, 2.09062, -1.3692, 2.99612, -2.39967, -3.27952, -1.61689, -0.70242],
+         [1.36899, 0.10824, -1.51176, 1.43645, 0.15643, -1.76503, -0.96801, -0.12844, 0.05929],
+         [-0.99145, -2.85783, 0.35936, 0.23686, 2.31143, -3.41712, -3.0005, -0.83443, 0.08747]],
+        [[0.80041, 1.71571, -0.5634, 0.57047, -2.35215, 1.55785, 2.79528, 2.11604, 1.71636],
+         [-0.08356, -1.59193, 3.40471, -2.9148, 2.87371, 0.13088, -2.33184, -2.31325, -1.93832],
+         [-1.20139, -2.14406, 1.90711, -1.48924, 2.71397, -1.48769, -2.9192, -1.99922,
+         -1.3907]],
     ],}
 
 
@@ -198,7 +218,7 @@ def with_transformers(sizes, rows):
         ids = sum(([sizes[0] - 1] * P if token == I else [token] for token in row), [])
         assert row.count(sizes[0] - 1) == 0
         with torch.no_grad():
-            pixels = images[at:at + 1] if I in row else None
+            pixels = images[at:at + row.count(I)] if I in row else None
             result.append(model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0])
         at += row.count(I)
     return result
@@ -377,12 +397,14 @@ def put_picture(folder, name, seed=0, shape=(6, 8, 3)):
 def test_conversations_keep_their_order_and_the_picture_comes_first(tmp_path):
     put_picture(tmp_path, "a.ppm")
     records = [conversation("a.ppm", "What is it?\n<image>", "A cat.", "Sure?", "Yes, it is so."),
-               conversation("", "Say hi.", "hi", image=False)]
+               conversation("", "Say hi.", "hi", image=False),
+               conversation("a.ppm", "<image>\n And this? ", "a")]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    first, second = train_llava.read_examples([tmp_path / "a.json"], tmp_path)
+    first, second, third = train_llava.read_examples([tmp_path / "a.json"], tmp_path)
     assert first.turns == [("<image>\nWhat is it?", "A cat."), ("Sure?", "Yes, it is so.")]
     assert first.image == tmp_path / "a.ppm" and first.kind == "question"
     assert second.image is None and second.turns == [("Say hi.", "hi")]
+    assert third.turns == [("<image>\nAnd this?", "a")]
 
 
 def test_coco_captions_share_their_pictures_references(tmp_path):
