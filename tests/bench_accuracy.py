@@ -589,6 +589,9 @@ def compared(results: Results, tuning: range, seeds: range) -> list[dict]:
     for row in tested:
         accuracy = lambda lines: [100 * line["accuracy"] for line in lines]
         row["difference"] = paired(accuracy(row["lines"]), accuracy(baseline[row["cell"]]))
+        losses = [[line.get("loss", math.inf) for line in lines]
+                  for lines in (row["lines"], baseline[row["cell"]])]
+        row["loss"] = paired(*losses) if math.inf not in sum(losses, []) else None
     for row, p in zip(tested, holm([row["difference"][2] for row in tested])):
         row["p"] = p
     return rows
@@ -619,6 +622,7 @@ def as_cells(row: dict) -> dict:
             "accuracy": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
             "to LoRA": f"{difference:+.1f} ± {half:.1f}" if show else "",
             "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
+            "loss to LoRA": "{:+.3f} ± {:.3f}".format(*row["loss"]) if row.get("loss") else "",
             "calibration error": mean("ece", ".1f", 100), "trainable": mean("trainable", ",.0f"),
             "merged rank": mean("merged_rank", ".1f"), "ms/step": mean("ms", ".1f")}
 
@@ -733,14 +737,14 @@ def main() -> None:
     p.add_argument("--backbone", choices=list(PROBLEMS), help="only the cells of this one")
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                    help="default: all with --full, else " + ", ".join(CORE))
-    p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 4 with --quick)")
+    p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 3 with --quick)")
     p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 2 with --quick)")
     p.add_argument("--processes", type=int, default=os.cpu_count())
     p.add_argument("--gpu", action="store_true", help="run on CUDA")
     p.add_argument("--cache", type=Path, default=ROOT / "out/bench", help="for the backbones")
     p.add_argument("--results", type=Path)
     args = p.parse_args()
-    args.seeds, args.tuning = args.seeds or (4 if args.quick else 10), args.tuning or 3 - args.quick
+    args.seeds, args.tuning = args.seeds or (3 if args.quick else 10), args.tuning or 3 - args.quick
     name = "quick.jsonl" if args.quick else "accuracy.jsonl"
     args.results = args.results or (ROOT / ("out/bench" if args.quick else "tests/results") / name)
     cells = args.cells or (grid(args.full) if args.quick or args.full else [])

@@ -222,8 +222,8 @@ def test_the_perplexity_of_a_text_counts_all_of_its_rows():
     model, text = tiny(), "a text that is longer than the rows are"
     rows = encode_rows(Bytes(), "", text, 8, False)
     assert len(rows) > 3
-    expected = torch.cat([answer_losses(model, collate([row], "cpu")) for row in rows]).mean()
     with torch.no_grad():
+        expected = torch.cat([answer_losses(model, collate([row], "cpu")) for row in rows]).mean()
         scores = evaluate_rows(model, [Example("", [text])], [rows], options())
     assert scores.keys() == {"loss", "perplexity"}
     assert scores["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -287,8 +287,11 @@ def test_a_checkpoint_is_adapted_merged_and_scored_again(cli, data, checkpoint, 
     common = ("--data", data, "--out", "out", *QUICK)
     status, out, err = cli("--checkpoint", checkpoint, "--merge", *common)
     assert status == 0 and not err and "structlora r=2" in out
-    last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
+    written = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in written]
+    last = written[-1]
     assert last["final"] and last["step"] == 6
+    assert max(line.get("lr", 0) for line in written) == pytest.approx(3e-4)     # not the demo's
     status, out, _ = cli("--checkpoint", checkpoint, "--eval-only", *common)
     assert status == 0 and f"{last['loss']:.4f}" in out          # adapters on the checkpoint
     status, out, _ = cli("--checkpoint", "out/merged.pt", "--eval-only", "--data", data, "--out",
