@@ -1141,6 +1141,14 @@ def parse_options() -> Any:
     return args
 
 
+def check_vocabulary(model: Llama, tokenizer: Any, folder: str | Path) -> None:
+    """Raises InputError if the tokenizer is not the model's; embeddings may be padded a little."""
+    tokens = model.config.vocab_size
+    if not 0 <= tokens - tokenizer.vocab_size <= 256:
+        raise InputError(f"{folder}: a model of {tokens} tokens and a tokenizer of "
+                         f"{tokenizer.vocab_size}; name its tokenizer.model with --tokenizer")
+
+
 def main() -> None:
     """Data, backbone, then the methods on the same examples; prints the table."""
     args = parse_options()
@@ -1164,10 +1172,7 @@ def main() -> None:
 
     def load():
         model = load_llama(folder, getattr(torch, args.dtype), args.device)
-        if not 0 <= model.config.vocab_size - tokenizer.vocab_size <= 256:       # some are padded
-            raise InputError(f"{folder}: a model of {model.config.vocab_size} tokens and a "
-                             f"tokenizer of {tokenizer.vocab_size}; name its tokenizer.model with "
-                             "--tokenizer")
+        check_vocabulary(model, tokenizer, folder)
         model.gradient_checkpointing = args.gradient_checkpointing
         return model
 

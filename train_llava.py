@@ -505,8 +505,6 @@ def read_ppm(data: bytes) -> np.ndarray:
     if not head or int(head[3]) != 255:
         raise ValueError("not a PPM of kind P6 with 255 as the largest value")
     width, height = int(head[1]), int(head[2])
-    if len(data) - head.end() < 3 * width * height:
-        raise ValueError("truncated")
     return np.frombuffer(data, np.uint8, 3 * width * height, head.end()).reshape(height, width, 3)
 
 
@@ -588,14 +586,13 @@ def answer(model: Llava, tokenizer: Any, examples: list[Example], args) -> list[
         padded = [[-1] * (T - len(rows[i].tokens)) + rows[i].tokens for i in indices]
         tokens = torch.tensor(padded, device=args.device)                        # [N, T]
         images = load_images([rows[i] for i in indices], model.view, args.device)
-        embeddings, _, real = model.splice(images, tokens.clamp_min(IMAGE_TOKEN).masked_fill(
-            tokens == -1, 0), tokens != -1)
+        embeddings, _, real = model.splice(images, tokens.masked_fill(tokens == -1, 0),
+                                           tokens != -1)
         N, S, _ = embeddings.shape
         out = llama.generate(model, tokens.new_zeros(N, S), args.max_new_tokens, real=real,
                              eos_id=tokenizer.eos_id, embeddings=embeddings)
         for i, ids in zip(indices, out[:, S:].tolist()):
-            ids = ids[:ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
-            texts[i] = tokenizer.decode(ids).strip()
+            texts[i] = tokenizer.decode(ids).strip()             # </s> leaves no text
     return texts
 
 
@@ -969,10 +966,7 @@ def main() -> None:
 
     def load():
         model = load_llava(folder, tower, getattr(torch, args.dtype), args.device, args.projector)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(f"{folder}: a model of {model.config.vocab_size} tokens and a "
-                             f"tokenizer of {tokenizer.vocab_size}; name its tokenizer.model with "
-                             "--tokenizer")
+        llama.check_vocabulary(model, tokenizer, folder)
         model.gradient_checkpointing = args.gradient_checkpointing
         return model
 

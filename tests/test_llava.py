@@ -2,6 +2,7 @@
 
 The expected logits below were printed by `python tests/test_llava.py`, which needs transformers."""
 
+import argparse
 import base64
 import json
 import sys
@@ -405,6 +406,7 @@ def test_conversations_keep_their_order_and_the_picture_comes_first(tmp_path):
     assert first.image == tmp_path / "a.ppm" and first.kind == "question"
     assert second.image is None and second.turns == [("Say hi.", "hi")]
     assert third.turns == [("<image>\nAnd this?", "a")]
+    assert third.references == ["a"] * 10            # one answer counts as ten who agree
 
 
 def test_coco_captions_share_their_pictures_references(tmp_path):
@@ -573,6 +575,8 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, tmp_path):
                            "--tune-projector", "--tune-vision", *common, "run")
     assert status == 0 and not err, err
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    trained = torch.load(tmp_path / "run/adapter.pt")["trained"]
+    assert len(trained) == 4 and all("mm_projector" in name for name in trained)
     status, out, err = cli("--checkpoint", "run/merged.pt", "--eval-only", *common, "none")
     assert status == 0 and f"{last['loss']:.4f}" in out and not (tmp_path / "none").exists()
     (tmp_path / "out/demo/scenes/val0001.ppm").unlink()
@@ -795,18 +799,18 @@ def test_scenes_say_what_they_show():
 
 
 def test_cifar_becomes_captions_and_questions(tmp_path):
-    rows = np.zeros((20, 3073), np.uint8)
-    rows[:, 0] = np.arange(20) % 10
+    rows = np.zeros((200, 3073), np.uint8)
+    rows[:, 0] = np.arange(200) // 5 % 10            # every fifth is asked about: all classes
     for name in ("data_batch_1.bin", "test_batch.bin"):
         rows.tofile(tmp_path / name)
     (captions, held), (train, test) = train_llava.cifar_examples(tmp_path, 0)
-    assert len(captions) == 16 and len(held) == 20 and len(train) == len(test) == 8
+    assert len(captions) == 160 and len(held) == 200 and len(train) == len(test) == 80
     assert {e.turns[0][1] for e in captions} >= {"a photo of a cat", "a photo of a truck"}
     assert {e.kind for e in train} == {"question", "caption"}
     assert not {e.name for e in captions} & {e.name for e in train}
     for e in train + test:
         if "fly" in e.turns[0][0]:
-            number = int(e.name.split("#")[1]) % 10
+            number = int(e.name.split("#")[1]) // 5 % 10
             assert e.references == [("no", "yes")[number in (0, 2)]] * 10
 
 
@@ -828,6 +832,34 @@ def real(tmp_path):
     return ["--checkpoint", folder, "--vision-checkpoint", clip, "--data", tmp_path, "--images",
             tmp_path / "pictures", "--batch-size", 2, "--steps", 2, "--rank", 1,
             "--max-new-tokens", 3, "--lr", 1e-2]
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path):
+    """Questions of all lengths, with and without a picture, in batches of six and of two."""
+    sizes = (300, *SIZES["plain"][1:])
+    model, found = load_llava(*write(tmp_path, sizes), torch.float32), []
+    pixels = torch.randint(0, 256, (3, 12, 12), generator=torch.Generator().manual_seed(0)).byte()
+    ask = lambda n: "<image>\n" * bool(n % 3) + "why " * (1 + n * 5 % 7)
+    examples = [Example(pixels.roll(n, 2) if n % 3 else None, str(n), [(ask(n), "")], [],
+                        "question") for n in range(6)]
+    for size in (3, 1):
+        args = argparse.Namespace(max_length=999, max_new_tokens=5, batch_size=size, device="cpu")
+        found.append(train_llava.answer(model, Letters(), examples, args))
+    assert found[0] == found[1] and len(set(found[0])) >= 3
+    alone = train_llava.answer(model, Letters(), examples[4:5], args)
+    assert alone == found[0][4:5]
+
+
+def test_gradient_checkpointing_changes_no_number(cli, real, tmp_path, monkeypatch):
+    cli(*real, "--out", "a")
+    calls, checkpoint = [], train_llama.checkpoint
+    monkeypatch.setattr(train_llama, "checkpoint",
+                        lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
+    cli(*real, "--out", "b", "--gradient-checkpointing")
+    assert len(calls) == 2 * 2                       # steps x layers
+    a, b = ((tmp_path / out / "metrics.jsonl").read_text() for out in "ab")
+    assert json.loads(a.splitlines()[-1])["loss"] == pytest.approx(
+        json.loads(b.splitlines()[-1])["loss"], abs=1e-4)
 
 
 def test_a_resumed_run_ends_with_the_same_numbers(cli, real, tmp_path):
