@@ -7,7 +7,8 @@
     python tests/bench_accuracy.py --table              the tables of what has been run
     python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
 
-A cell is backbone:task:rank:labels (per class for images, in all for text). In each, every method
+A cell is backbone:task:rank:labels. Labels are per class for images, in all for text (passages of
+256 characters for "code"), and questions and as many captions for LLaVA. In each, every method
 has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
@@ -40,13 +41,15 @@ import torch.nn.functional as F
 
 import structlora
 import train_llama
+import train_llava
 import train_vit
 from structlora import Config, attach
 
-STEPS = {"vit": 300, "llama": 200}
+STEPS = {"vit": 300, "llama": 200, "llava": 200}
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
 CIFAR = ROOT.parent / "shared/data/cifar10"
+PASSAGE = 256                            # characters of a passage of text
 
 
 class Cell(NamedTuple):
@@ -123,38 +126,110 @@ def vit_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
     def measure(model):
         logits = torch.cat([model(train_vit.prepare(x.to(device), model.config)).float().cpu()
                             for x in test.pixels.split(256)])
-        return {"accuracy": (logits.argmax(1) == test.labels).float().mean().item(),
-                "loss": F.cross_entropy(logits, test.labels).item(),
-                "ece": expected_calibration_error(logits.softmax(1), test.labels)}
+        return classified(logits, test.labels)
     return Problem(load, task, measure, args, train_head=not model.head.weight.any())
 
 
 def llama_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
-    """"headings": the demo of train_llama.py, questions that become headings."""
-    write, tokenizer = train_llama.write_examples, train_llama.Bytes()
-    args = options(cell, seed, cache, device, batch_size=16, pretrain_steps=600)
-    source, held = write(8000, 10 * seed, False), write(200, 10 * seed + 1, False)
-    folder = train_llama.pretrained(source, held, tokenizer, args)
-    train, test = write(8000, 10 * seed + 2, True), write(500, 10 * seed + 3, True)
+    """"headings": the demo of train_llama.py, questions that become headings. "code": one backbone
+    for all seeds, pretrained on the prose of Python's own manual, adapted to its library's source:
+    real text that everybody has."""
+    tokenizer = train_llama.Bytes()
+    if cell.task == "code":
+        backbone = options(cell, 0, cache, device, pretrain_steps=2000, max_length=PASSAGE,
+                           batch_size=16)
+        source, train, test = passages()
+        held = source[::10]
+    else:
+        write = train_llama.write_examples
+        backbone = options(cell, seed, cache, device, pretrain_steps=600)
+        source, held = write(8000, 10 * seed, False), write(200, 10 * seed + 1, False)
+        train, test = write(8000, 10 * seed + 2, True), write(500, 10 * seed + 3, True)
+    args = argparse.Namespace(**vars(backbone) | {"seed": seed, "batch_size": 16})
+    folder = train_llama.pretrained(source, held, tokenizer, backbone)
     train = train_llama.choose(train, cell.labels, None, seed)
     task = train_llama.make_task(train, test, tokenizer, args, args.batch_size)
-    rows = [train_llama.encode_rows(tokenizer, e.prompt, choice, 512, False)[0]
-            for e in test for choice in e.choices]
+    encode = lambda e, choice: train_llama.encode_rows(tokenizer, e.prompt, choice,
+                                                       args.max_length, False)[0]
+    rows = [encode(e, choice) for e in test for choice in e.choices]
+    load = lambda: train_llama.load_llama(folder, torch.float32, device)
+    measure = measure_choices if cell.task == "headings" else measure_text
+    return Problem(load, task, functools.partial(measure, test=test, rows=rows, args=args), args,
+                   train_head=False)
+
+
+def passages() -> tuple[list, list, list]:
+    """Texts to pretrain on, to adapt to and to test on: Python's manual, its library's modules
+    a to m, and n to z."""
+    import pydoc_data.topics
+    cut = lambda text: [train_llama.Example("", [text[i:i + PASSAGE - 1]])
+                        for i in range(0, len(text) - PASSAGE, PASSAGE - 1)]
+    prose = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    modules = sorted(p for p in Path(os.__file__).parent.glob("[a-z]*.py"))
+    code = [[e for p in modules if (p.name < "n") == first
+             for e in cut(p.read_text(encoding="utf-8"))] for first in (True, False)]
+    return cut(prose), code[0], code[1][::len(code[1]) // 200]
+
+
+def measure_choices(model, test, rows, args) -> dict:
+    """Accuracy among four choices by likelihood per character; loss per token of the right one."""
     labels = torch.tensor([e.answer for e in test])
     characters = torch.tensor([[len(choice) for choice in e.choices] for e in test])
+    nll = train_llama.score(model, rows, args).view(-1, 4)
     tokens = sum(len(rows[4 * n + e.answer].tokens) - rows[4 * n + e.answer].start
                  for n, e in enumerate(test))
+    return {"accuracy": ((nll / characters).argmin(1) == labels).float().mean().item(),
+            "loss": float(nll.gather(1, labels[:, None]).sum()) / tokens,
+            "ece": expected_calibration_error((-nll).softmax(1), labels)}
+
+
+def measure_text(model, test, rows, args) -> dict:
+    """Accuracy of the most likely next byte; loss in nats per byte."""
+    logits, labels = [], []
+    for at in range(0, len(rows), 32):
+        tokens, answers = train_llama.collate(rows[at:at + 32], args.device)
+        logits.append(model(tokens[:, :-1], select=answers[:, 1:]).float().cpu())
+        labels.append(tokens[:, 1:][answers[:, 1:]].cpu())
+    return classified(torch.cat(logits), torch.cat(labels))
+
+
+def classified(logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Scores of class logits [N, C]."""
+    return {"accuracy": (logits.argmax(1) == labels).float().mean().item(),
+            "loss": F.cross_entropy(logits, labels).item(),
+            "ece": expected_calibration_error(logits.softmax(1), labels)}
+
+
+def llava_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
+    """"scenes": the demo of train_llava.py, captions that become questions. "cifar": CIFAR-10 in
+    words, one backbone for all seeds."""
+    llava = train_llava
+    own = cell.task == "scenes"
+    backbone = options(cell, seed if own else 0, cache, device, batch_size=16, max_length=2048,
+                       pretrain_steps=700, max_new_tokens=32, data=None if own else str(CIFAR))
+    args = argparse.Namespace(**vars(backbone) | {"seed": seed, "shots": cell.labels})
+    if own:
+        folder = Path(args.out) / "demo"
+        if not folder.exists():
+            llava.write_scenes(folder, seed)
+        source, (train, test) = (llava.read_data(folder / part, folder / "scenes", seed)
+                                 for part in ("pretrain", "adapt"))
+    else:
+        source, (train, test) = llava.cifar_examples(CIFAR, 0)
+    tokenizer = llava.Words([llava.SYSTEM + "USER ASSISTANT:", *(
+        text for e in source[0] + train for turn in e.turns for text in turn)])
+    path = llava.pretrained(source, tokenizer, backbone)
+    load = lambda: llava.load_llava(path / "llava", path / "clip", torch.float32, device)
+    task = llava.make_task(llava.choose(train, args), test, tokenizer, load().view, args,
+                           args.batch_size)
 
     def measure(model):
-        nll = train_llama.score(model, rows, args).view(-1, 4)
-        return {"accuracy": ((nll / characters).argmin(1) == labels).float().mean().item(),
-                "loss": float(nll.gather(1, labels[:, None]).sum()) / tokens,
-                "ece": expected_calibration_error((-nll).softmax(1), labels)}
-    load = lambda: train_llama.load_llama(folder, torch.float32, device)
+        with contextlib.redirect_stdout(io.StringIO()):          # samples
+            return task.evaluate(model)
     return Problem(load, task, measure, args, train_head=False)
 
 
-PROBLEMS = {"vit": vit_problem, "llama": llama_problem}
+PROBLEMS = {"vit": vit_problem, "llama": llama_problem, "llava": llava_problem}
 
 
 @functools.lru_cache(maxsize=2)
@@ -194,12 +269,17 @@ class Plain:
         return {}
 
 
+def targets(cell: Cell, *names: str) -> tuple:
+    """The layers to adapt: with LLaVA, the language model's alone."""
+    return tuple("self_attn." * (cell.backbone == "llava") + n for n in names or ("q_proj", "v_proj"))
+
+
 class Ours(Plain):
     """What attach() makes of a Config, with changes that only this comparison needs."""
 
     def __init__(self, model, cell, static=None, selector=None, cut=False, **changes):
         rank = changes.pop("rank", cell.rank)
-        config = {"rank": rank, "alpha": 2.0 * rank} | changes
+        config = {"rank": rank, "alpha": 2.0 * rank, "targets": targets(cell)} | changes
         self.adapters, self.rank, self.cut = attach(model, Config(**config)), cell.rank, cut
         self.model, self.static = model, static
         self.prune, self.observe_gradients = self.adapters.prune, self.adapters.observe_gradients
@@ -234,6 +314,31 @@ class Ours(Plain):
         return line | {"merged_rank": self.rank}
 
 
+class Theta(Ours):
+    """The paper's Theta, which equation 6 leaves out, where it is small: in the coordinates of the
+    S r directions that reach a layer. B^T (diag M_l + Theta_l) A, Theta_l learned from zero, lets
+    each input direction lead to each output direction. Without a gate."""
+
+    def __init__(self, model, cell, **changes):
+        super().__init__(model, cell, gate="none", **changes)
+        for number, graph in enumerate(self.adapters.graphs):
+            L, width = len(graph.names), graph.senders.shape[1] * cell.rank
+            theta = nn.Parameter(torch.zeros(L, width, width, device=graph.A.device))
+            model.register_parameter(f"theta{number}", theta)    # trained as a new head would be
+            for name in graph.names:
+                self.adapters.layers[name].register_forward_hook(functools.partial(self.add, theta))
+
+    @staticmethod
+    def add(theta, layer, inputs, y):
+        graph, index = layer.place
+        A, B, _, _ = graph.messages_to(index)
+        return y + graph.config.alpha / graph.config.rank * (inputs[0] @ A.T @ theta[index] @ B)
+
+    def finish(self):
+        return {"merged_rank": statistics.fmean(g.senders.shape[1] * g.config.rank
+                                                for g in self.adapters.graphs)}
+
+
 def random_importance(graph):
     """A fixed random order of the directions."""
     generator = torch.Generator().manual_seed(len(graph.names) + graph.A.shape[2])
@@ -254,8 +359,8 @@ class Sora(Plain):
 
     def __init__(self, model, cell):
         rank = 3 * cell.rank
-        self.adapters = attach(model, Config(rank=rank, alpha=2.0 * rank, gate="gaussian", beta=0.0,
-                                             coordinator="none", edges="depth"))
+        self.adapters = attach(model, Config(rank=rank, alpha=2.0 * rank, targets=targets(cell),
+                                             gate="gaussian", beta=0.0, **NO_GRAPH))
         self.model, self.gates = model, [graph.gate for graph in self.adapters.graphs]
         for gate in self.gates:              # no noise: the mean of the gate alone
             gate.log_sigma.data.fill_(-20.0).requires_grad_(False)
@@ -286,7 +391,7 @@ class Peft(Plain):
     def __init__(self, model, cell, kind, **settings):
         import peft
         self.model, self.step, self.tuner = model, 0, None
-        config = getattr(peft, kind)(target_modules=["q_proj", "v_proj"], **settings)
+        config = getattr(peft, kind)(target_modules=list(targets(cell)), **settings)
         if kind == "AdaLoraConfig":
             self.tuner = peft.AdaLoraModel(model, config, "default")
         elif kind == "VeraConfig":
@@ -332,6 +437,8 @@ METHODS = {
                                  ("attention", "similarity", 1), ("attention", "random", 1),
                                  ("uniform", "hybrid", 1), ("uniform", "depth", 1),
                                  ("attention", "hybrid", 2), ("attention", "hybrid", 3))},
+    "coordinator only, theta, hybrid": Theta,
+    "coordinator only, theta, all": functools.partial(Theta, hops=3),
     "static cosine penalty": lambda m, c: Ours(m, c, static="cosine", **PLAIN),
     "static laplacian penalty": lambda m, c: Ours(m, c, static="laplacian", **PLAIN),
     "select r by gate": selected(),
@@ -340,7 +447,8 @@ METHODS = {
     "select r of own 3r": lambda m, c: Ours(m, c, rank=3 * c.rank, budget=float(c.rank),
                                             **NO_GRAPH),
     "cut to r by svd": lambda m, c: Ours(m, c, cut=True),
-    "lora 2r on v alone": lambda m, c: Ours(m, c, rank=2 * c.rank, targets=("v_proj",), **PLAIN),
+    "lora 2r on v alone": lambda m, c: Ours(m, c, rank=2 * c.rank, targets=targets(c, "v_proj"),
+                                            **PLAIN),
     "sora": Sora,
     "adalora": lambda m, c: Peft(m, c, "AdaLoraConfig", init_r=2 * c.rank, target_r=c.rank,
                                  lora_alpha=2 * c.rank, total_step=STEPS[c.backbone], tinit=50,
@@ -488,8 +596,8 @@ def run_all(cells: list[Cell], methods: list[str], args) -> None:
 
 def prepare(pool, jobs: list[tuple], cache: Path, device: str) -> None:
     """Pretrains each backbone once, before two workers would at the same time."""
-    own = lambda cell: cell.task in ("pictures", "headings")     # a backbone for each seed
-    first = {(cell.backbone, cell.task == "classes", own(cell) and seed): (cell, seed)
+    own = lambda cell: cell.task in ("pictures", "headings", "scenes")   # a backbone for each seed
+    first = {(cell.backbone, cell.task in ("classes", "code"), own(cell) and seed): (cell, seed)
              for cell, _, _, seed, _ in jobs}
     list(pool.map(warm, [(cell, seed, cache, device) for cell, seed in first.values()]))
 
@@ -623,7 +731,8 @@ def as_cells(row: dict) -> dict:
             "to LoRA": f"{difference:+.1f} ± {half:.1f}" if show else "",
             "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
             "loss to LoRA": "{:+.3f} ± {:.3f}".format(*row["loss"]) if row.get("loss") else "",
-            "calibration error": mean("ece", ".1f", 100), "trainable": mean("trainable", ",.0f"),
+            **({"CIDEr": mean("cider", ".1f", 100)} if row["cell"].backbone == "llava" else
+               {"calibration error": mean("ece", ".1f", 100)}), "trainable": mean("trainable", ",.0f"),
             "merged rank": mean("merged_rank", ".1f"), "ms/step": mean("ms", ".1f")}
 
 
@@ -714,8 +823,10 @@ def grid(full: bool) -> list[Cell]:
         return [Cell("vit", "pictures", 2, 50), Cell("llama", "headings", 2, 128)]
     tasks = ["pictures"] + ["invert", "rotate", "classes"] * CIFAR.is_dir()
     ranks, labels = (1, 2, 4, 8, 16), (10, 20, 50, 200, 1000)
-    return [Cell("vit", *parts) for parts in itertools.product(tasks, ranks, labels)] + [
-        Cell("llama", "headings", *parts) for parts in itertools.product(ranks, (32, 128, 512))]
+    llava = ["scenes"] + ["cifar"] * CIFAR.is_dir()
+    return [Cell(backbone, *parts) for backbone, *grids in (
+        ("vit", tasks, ranks, labels), ("llama", ["headings", "code"], ranks, (32, 128, 512)),
+        ("llava", llava, ranks, (50, 200))) for parts in itertools.product(*grids)]
 
 
 def parse_cell(text: str) -> Cell:
