@@ -542,8 +542,9 @@ def load_images(rows: list, view: tuple, device: str) -> torch.Tensor | None:
 
 def encode(tokenizer: Any, example: Example, length: int, answered: bool = True) -> Row:
     """A conversation in Vicuna's template, as LLaVA-1.5 tokenises it: the text on either side of a
-    picture by itself, each round by itself, </s> after each answer. Without answers: the first
-    question, for generation. At most `length` tokens: the end is lost."""
+    picture by itself, each round by itself, </s> after each answer; None as the question leaves
+    the picture alone, as in LLaVA's first stage. Without answers: the first question, for
+    generation. At most `length` tokens: the end is lost."""
     def pieces(text: str, first: bool) -> list[int]:
         ids = []
         for i, piece in enumerate(text.split("<image>")):
@@ -552,7 +553,8 @@ def encode(tokenizer: Any, example: Example, length: int, answered: bool = True)
 
     tokens, spans = [], []
     for number, (question, answer) in enumerate(example.turns):
-        prompt = f"{'' if number else SYSTEM}USER: {question} ASSISTANT:" if question else "<image>"
+        prompt = f"{'' if number else SYSTEM}USER: {question} ASSISTANT:"
+        prompt = "<image>" if question is None else prompt
         head = pieces(prompt, not number)
         if not answered:
             return Row(head, len(head), [], example.image)
@@ -679,11 +681,10 @@ def plain(text: str) -> str:
 def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: tuple, args,
               batch_size: int) -> Task:
     """Cross entropy of the answers' tokens; VQA accuracy of questions and CIDEr of captions."""
-    rows = [encode(tokenizer, e, args.max_length) for e in train]
-    rows = [row for row in rows if row.start < len(row.tokens)]
-    scored = sorted((encode(tokenizer, e, args.max_length) for e in test),
-                    key=lambda row: -len(row.tokens))
-    if not rows:
+    rows, scored = ([row for e in part if (row := encode(tokenizer, e, args.max_length)).start
+                     < len(row.tokens)] for part in (train, test))
+    scored.sort(key=lambda row: -len(row.tokens))
+    if not rows or not scored:
         raise InputError(f"--max-length {args.max_length}: no answer of the data fits")
 
     seen = {"trained": False, "frozen": False}
@@ -864,7 +865,7 @@ def pretrained(source: tuple, tokenizer: Words, args) -> Path:
     torch.manual_seed(args.seed)
     model = small_llava(tokenizer.vocab_size, 32, 4 if args.data else 8).to(args.device)
     train, test = source             # most as in LLaVA's first stage: a picture, then its caption
-    train = [e._replace(turns=[("", e.turns[0][1])]) for e in train] + train[::6]
+    train = [e._replace(turns=[(None, e.turns[0][1])]) for e in train] + train[::6]
     task = make_task(train, test, tokenizer, model.view, args, batch_size=32)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=4e-3)
     save_llava(model, folder, recipe=recipe)

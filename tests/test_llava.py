@@ -512,6 +512,25 @@ def test_the_prompt_is_vicunas_and_only_answers_are_learned():
     assert asked.tokens == row.tokens[:row.start]
 
 
+def test_empty_questions_ask_for_no_picture_and_empty_answers_are_learned():
+    record = conversation("", "", "Hi", "", "", image=False)
+    row = encode(Letters(), train_llava.parse_conversation(record, "a.json"), 999)
+    assert I not in row.tokens and row.tokens[-3:] == [ord(":"), ord(" "), 2]
+    first = Example(None, "a.ppm", [(None, "a cat")], [], "caption")             # LLaVA's stage 1
+    assert encode(Letters(), first, 999).tokens == [1, I, ord(" "), *map(ord, "a cat"), 2]
+
+
+def test_a_conversation_whose_answer_does_not_fit_is_left_out():
+    short = Example(None, "", [("Hi", "Ho")], ["Ho"], "question")
+    long = short._replace(image=torch.zeros(3, 4, 4), turns=[("<image>\n" + "why " * 99, "No")])
+    args = argparse.Namespace(max_length=300, seed=0, device="cpu")
+    view = train_llava.vit.ViTConfig(12, 4, 8, 1, 1, 8), True
+    task = train_llava.make_task([short, long], [short], Letters(), view, args, 4)
+    assert task.num_examples == len(" Ho") + 1
+    with pytest.raises(InputError, match="--max-length 300: no answer"):
+        train_llava.make_task([short], [long], Letters(), view, args, 4)
+
+
 def test_llavas_way_of_tokenising_around_the_picture():
     model = Path(__file__).parents[2] / "shared/data/llama2/tokenizer.model"
     if not model.is_file():
