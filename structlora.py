@@ -1323,7 +1323,8 @@ def run(main: Callable[[], None]) -> int:
         main()
         return 0
     except torch.OutOfMemoryError as error:
-        message = f"out of memory: lower --batch-size and raise --accumulate ({error})"
+        message = ("out of memory: lower --batch-size and raise --accumulate; for text, lower "
+                   f"--max-length or add --gradient-checkpointing ({error})")
     except (InputError, OSError) as error:
         message = error
     except KeyboardInterrupt as error:
