@@ -831,7 +831,7 @@ def read_data(path: Path, seed: int) -> tuple[list[Example], list[Example]]:
 def read_examples(path: Path) -> list[Example]:
     """Examples of a .json list or of .jsonl; of any other file, its text in parts of some lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as UTF-8 ({structlora.one_line(error)})") from None
     if path.suffix not in (".json", ".jsonl"):
@@ -870,6 +870,8 @@ def parse(record: Any, where: str, label: str | None) -> Example:
             choices = record.get("choices", [output])
             if not isinstance(choices, list) or output not in choices:
                 raise InputError(f"{where}: the output is not among the choices")
+            if not all(isinstance(choice, str) for choice in choices):
+                raise InputError(f"{where}: choices {choices} are not all texts")
             prompt = ALPACA[bool(record.get("input"))]
             return Example(prompt.format_map(record), choices, choices.index(output))
     raise InputError(f"{where}: expected instruction and output, or BoolQ's question, passage and "
@@ -895,14 +897,17 @@ def choose(examples: list, shots: int | None, fraction: float | None, seed: int)
 
 
 def encode_rows(tokenizer: Any, prompt: str, answer: str, length: int, eos: bool) -> list[Row]:
-    """A row of at most `length` tokens, or as many as a text without a prompt takes.
+    """A row of at most `length` tokens, or as many as a text without a prompt takes: each starts
+    with the last token of the one before.
 
-    What the joint text adds to the prompt's tokens is the answer, as in lm-evaluation-harness. Too
-    long a prompt loses its beginning, but not the first token, and the answer stays whole."""
+    The answer is what the joint text has after the tokens that it shares with the prompt's: a space
+    that ends the prompt may have become part of a word. Too long a prompt loses its beginning, but
+    not the first token, and the answer stays whole."""
     tokens = tokenizer.encode(prompt + answer, eos=eos)
     if not prompt:
-        return [Row(tokens[i:i + length], 1) for i in range(0, len(tokens) - 1, length)]
-    cut = len(tokenizer.encode(prompt))
+        return [Row(tokens[i:i + length], 1) for i in range(0, len(tokens) - 1, length - 1)]
+    alone = tokenizer.encode(prompt)
+    cut = next((i for i, (a, b) in enumerate(zip(alone, tokens)) if a != b), len(alone))
     tail = tokens[cut:][:length - 1]
     head = tokens[:1] + tokens[1:cut][max(0, cut + len(tail) - length):]
     return [Row(head + tail, len(head))]
@@ -1009,7 +1014,7 @@ def print_samples(model: Llama, tokenizer: Any, test: list[Example], args) -> No
     """What the model answers to the first two questions of the test set, or how it goes on."""
     for example in test[:2]:
         text = example.prompt or example.choices[0][:100]
-        ids = tokenizer.encode(text)[-args.max_length:]
+        ids = encode_rows(tokenizer, text, "", args.max_length, False)[0].tokens
         out = generate(model, torch.tensor([ids], device=args.device), 16, eos_id=tokenizer.eos_id)
         answer = tokenizer.decode(out[0, len(ids):].tolist())
         wanted = f" (right: {example.choices[example.answer]!r})" if example.prompt else ""
@@ -1021,7 +1026,8 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, args,
     """Cross entropy of the answer tokens; accuracy among the choices if there are any, and loss."""
     encode = lambda e, choice, eos: encode_rows(tokenizer, e.prompt, choice, args.max_length, eos)
     rows = [row for e in train for row in encode(e, e.choices[e.answer], True)]
-    scored = [[row for choice in e.choices for row in encode(e, choice, False)] for e in test]
+    # An answer is scored without the end of text, unless it is nothing else.
+    scored = [[row for choice in e.choices for row in encode(e, choice, not choice)] for e in test]
     seen = {"tokens": 0, "since": 0.0, "samples": False}
 
     def batch(number):
@@ -1179,12 +1185,7 @@ def main() -> None:
     if args.checkpoint:          # read before anything is written, so that a bad file costs nothing
         load()
         structlora.open_run(args.out, args)
-    try:
-        structlora.compare(args, load, task, save_merged, LEARNING_RATES)
-    except torch.OutOfMemoryError as error:
-        raise InputError("out of memory: add --gradient-checkpointing, or lower --batch-size (and "
-                         "raise --accumulate) or --max-length "
-                         f"({structlora.one_line(error)})") from None
+    structlora.compare(args, load, task, save_merged, LEARNING_RATES)
 
 
 if __name__ == "__main__":
