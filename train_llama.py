@@ -316,10 +316,7 @@ def read_checkpoint(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
                 raise InputError(f"{directory}: {len(parts)} weights for {config.num_layers} "
                                  "layers")
             return config, parts
-    if any(directory.glob("*.safetensors")):
-        raise InputError(f"{directory}: has safetensors files only; write their tensors once with "
-                         "torch.save(safetensors.torch.load_file(f), 'pytorch_model.bin'), or "
-                         "-00001-of-0000N.bin if there are several")
+    structlora.refuse_safetensors(directory)
     raise InputError(f"{directory}: has neither consolidated.00.pth nor pytorch_model.bin")
 
 
@@ -378,17 +375,18 @@ def read_merged(path: Path) -> tuple[LlamaConfig, dict[str, Part]]:
                          "the weights") from None
 
 
-# Meta's name -> our name, and the axis that model-parallel files cut (None: all hold the whole).
-# Linear layers that read the full width are cut by rows, those that write it by columns.
-META = {"tok_embeddings.weight": ("model.embed_tokens.weight", 0),       # LLaMA 1 and 2: axis 1
-        "norm.weight": ("model.norm.weight", None), "output.weight": ("lm_head.weight", 0),
-        **{f"layers.*.{theirs}.weight": (f"model.layers.*.{ours}.weight", axis)
-           for theirs, ours, axis in (
-               ("attention.wq", "self_attn.q_proj", 0), ("attention.wk", "self_attn.k_proj", 0),
-               ("attention.wv", "self_attn.v_proj", 0), ("attention.wo", "self_attn.o_proj", 1),
-               ("feed_forward.w1", "mlp.gate_proj", 0), ("feed_forward.w2", "mlp.down_proj", 1),
-               ("feed_forward.w3", "mlp.up_proj", 0), ("attention_norm", "input_layernorm", None),
-               ("ffn_norm", "post_attention_layernorm", None))}}
+META = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+        **{f"layers.*.{theirs}.weight": f"model.layers.*.{ours}.weight" for theirs, ours in (
+            ("attention.wq", "self_attn.q_proj"), ("attention.wk", "self_attn.k_proj"),
+            ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
+            ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"),
+            ("feed_forward.w3", "mlp.up_proj"), ("attention_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"))}}
+# The axis that model-parallel files cut: rows of what reads the full width, columns of what writes
+# it; the embedding's columns in LLaMA 1 and 2. All of them hold the norms whole.
+AXES = dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0) | {
+    "wo": 1, "w2": 1}
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
@@ -404,20 +402,16 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
     config = meta_config(directory / "params.json", shards)
     by_width = len(shards) > 1 and shards[0]["tok_embeddings.weight"].shape[1] < config.dim
     parts = {}
-    for key in shards[0]:
-        number = re.search(r"(?<=^layers\.)\d+(?=\.)", key)
-        layer = number.group() if number else ""
-        if (pattern := key.replace(f".{layer}.", ".*.", 1) if layer else key) not in META:
-            raise InputError(f"{paths[0]}: {key} is no part of a LLaMA; this kind is not supported")
-        ours, axis = META[pattern]
-        tensors = [shard[key] for shard in shards]
+    for ours, key in structlora.rename(paths[0], {key: key for key in shards[0]}, META).items():
+        layer = key.split(".")[-2]
+        tensors, axis = [shard[key] for shard in shards], AXES.get(layer)
         if axis is None:
             if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
                 raise InputError(f"{paths[0]}: {key} differs between the files: not of one model")
             tensors, axis = tensors[:1], 0
-        heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(key.split(".")[-2], 0)
-        axis = 1 if by_width and key == "tok_embeddings.weight" else axis
-        parts[ours.replace("*", layer)] = Part(paths, tensors, axis, heads)
+        heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(layer, 0)
+        axis = 1 if by_width and layer == "tok_embeddings" else axis
+        parts[ours] = Part(paths, tensors, axis, heads)
     return config, parts
 
 
@@ -1087,14 +1081,12 @@ def save_meta(model: Llama, folder: Path, **more) -> None:
     """Writes `model` in Meta's layout, consolidated.00.pth and params.json; `more` goes into the
     latter. The reverse of read_meta, for the demo and the tests."""
     c, state = model.config, {}
-    ours = {name: key for key, (name, _) in META.items()}
     for name, tensor in model.state_dict().items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        key = ours[name.replace(f".{layer}.", ".*.", 1) if layer else name].replace("*", layer)
         if ".q_proj." in name or ".k_proj." in name:             # halves of a head -> pairs of rows
             halves = tensor.view(-1, 2, c.head_dim // 2, c.dim)
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        state[key] = tensor.cpu()
+        state[name] = tensor.cpu()
+    state = structlora.rename(folder, state, {ours: theirs for theirs, ours in META.items()})
     params = {"dim": c.dim, "n_layers": c.num_layers, "n_heads": c.num_heads,
               "n_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab_size": c.vocab_size,
               "ffn_dim_multiplier": c.hidden_dim / int(8 * c.dim / 3),           # see meta_config
@@ -1110,11 +1102,8 @@ def pretrained(source: list[Example], held: list[Example], tokenizer: Any, args)
     folder = Path(args.out) / "backbone"
     recipe = [args.data, args.tokenizer, args.pretrain_steps, args.max_length, args.seed]
     sizes = folder / "params.json"               # written last
-    if sizes.exists() and structlora.read_json(sizes).get("recipe") == recipe:
-        print(f"using the backbone in {folder}")
+    if structlora.has_backbone(sizes, structlora.read_json, recipe, args):
         return folder
-    if args.eval_only:
-        raise InputError(f"--eval-only: there is no backbone of these options in {folder}")
     torch.manual_seed(args.seed)
     config = LlamaConfig(tokenizer.vocab_size, dim=64, num_layers=4, num_heads=4, num_kv_heads=2,
                          head_dim=16, hidden_dim=176)
@@ -1140,8 +1129,6 @@ def parse_options() -> Any:
     p.add_argument("--pretrain-steps", type=structlora.positive(int), default=600)
     args = p.parse_args()
     structlora.check_options(args)
-    if args.checkpoint and not args.data:
-        raise InputError("--checkpoint needs --data to adapt to")
     if args.max_length < 2:
         raise InputError(f"--max-length {args.max_length}: must be at least 2")
     return args

@@ -223,10 +223,10 @@ def read_tower(directory: Path, inside: dict, folder: str | Path | None,
     said, path = read_clip_config(Path(folder) / "config.json") if folder else {}, directory
     if not inside:
         path = Path(folder) / "pytorch_model.bin"
-        if not path.exists() and any(Path(folder).glob("*.safetensors")):
-            raise InputError(f"{folder}: holds safetensors only; save the tensors as {path.name}")
+        if not path.exists():
+            structlora.refuse_safetensors(path.parent)
         inside = {key: llama.Part([path], [t]) for key, t in llama.read_state(path).items()}
-    parts = vit.rename(path, {key.removeprefix("vision_model."): part for key, part
+    parts = structlora.rename(path, {key.removeprefix("vision_model."): part for key, part
                               in inside.items() if key.startswith("vision_model.")
                               and not key.endswith("position_ids")}, CLIP)
     tensors = {name: part.tensors[0] for name, part in parts.items()}
@@ -300,7 +300,7 @@ def save_llava(model: Llava, folder: Path, **more) -> None:
     own = "model.vision_tower."
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     tower = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
-    tower = vit.rename(folder, tower, {ours: theirs for theirs, ours in CLIP.items()})
+    tower = structlora.rename(folder, tower, {ours: theirs for theirs, ours in CLIP.items()})
     tower["embeddings.class_embedding"] = tower["embeddings.class_embedding"].flatten()
     tower["embeddings.position_embedding.weight"] = tower["embeddings.position_embedding.weight"][0]
     name = "pytorch_model-00001-of-00001.bin"
@@ -857,11 +857,8 @@ def pretrained(source: tuple, tokenizer: Words, args) -> Path:
     options that it depends on have changed."""
     folder = Path(args.out) / "backbone"
     path, recipe = folder / "llava" / "config.json", [args.data, args.pretrain_steps, args.seed]
-    if path.exists() and structlora.read_json(path).get("recipe") == recipe:
-        print(f"using the backbone in {folder}")
+    if structlora.has_backbone(path, structlora.read_json, recipe, args):
         return folder
-    if args.eval_only:
-        raise InputError(f"--eval-only: there is no backbone of these options in {folder}")
     torch.manual_seed(args.seed)
     model = small_llava(tokenizer.vocab_size, 32, 4 if args.data else 8).to(args.device)
     train, test = source             # most as in LLaVA's first stage: a picture, then its caption
@@ -898,8 +895,6 @@ def parse_options() -> Any:
     args = p.parse_args()
     args.targets = ",".join(qualified(args.targets, args.tune_vision))
     structlora.check_options(args)
-    if args.checkpoint and not args.data:
-        raise InputError("--checkpoint needs --data to adapt to")
     if args.data and not args.checkpoint and not any(Path(args.data).glob("data_batch_*.bin")):
         raise InputError(f"--data {args.data} needs --checkpoint; only CIFAR-10's folder "
                          "(data_batch_*.bin) is enough to pretrain on")

@@ -199,8 +199,8 @@ def test_an_empty_answer_is_scored_by_the_end_of_text(cli, tmp_path, checkpoint)
     with torch.no_grad():
         loss = make_task(test, test, Bytes(), options(), 1).evaluate(tiny())["loss"]
     ids = [256, *b"a", 257]
-    assert loss == pytest.approx(-float(tiny()(torch.tensor([ids])).log_softmax(-1)[0, 1, 257]),
-                                 rel=1e-4)
+    expected = -tiny()(torch.tensor([ids])).log_softmax(-1)[0, 1, 257].item()
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_loss_is_that_of_the_answer_tokens_alone():
