@@ -74,6 +74,11 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise InputError(f"{path}: {self.num_heads} heads on {self.num_kv_heads} key-value "
                              f"heads of width {self.head_dim}: must divide, and the width be even")
+        _, *numbers = self.rope_scaling or ("",)
+        if (not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers)
+                or len(numbers) == 4 and numbers[1] >= numbers[2]):
+            raise InputError(f"{path}: rope_scaling = {self.rope_scaling}: must be positive "
+                             "numbers, for llama3 the low factor below the high")
         return self
 
 
@@ -476,7 +481,7 @@ def huggingface_config(path: Path) -> LlamaConfig:
     """LlamaConfig from config.json; what this model has no part for is refused, not ignored."""
     c = structlora.read_json(path)
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}       # transformers 5, before
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default" if type(rope) is dict else rope
     for key, value, allowed in (
             ("model_type", c.get("model_type", "llama"), ("llama", "llava", "llava_llama")),
             ("hidden_act", c.get("hidden_act", "silu"), ("silu", "swish")),
