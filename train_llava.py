@@ -408,6 +408,9 @@ def read_examples(files: list[Path], images: Path) -> list[Example]:
                 texts = [e.name, *e.references, *(text for turn in e.turns for text in turn)]
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"no text: {texts}")
+                if not e.references or sum(t.count("<image>") for turn in e.turns
+                                           for t in turn) != bool(e.name):
+                    raise ValueError(f"{e.name} has no answers, or its text says <image>")
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -789,7 +789,11 @@ def test_normalisation_is_clips(tmp_path):
     ([chat("a.ppm", "ok", "<image>")], "record 1: 1 times <image>"),
     ({"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "KeyError: 5"),
     ({"questions": [{"question_id": 1, "image": "a.ppm", "question": "?"}]},
-     "no annotation answers question 1")])
+     "no annotation answers question 1"),
+    ({"questions": [{"question_id": 1, "image": "a.ppm", "question": "?"}], "annotations": [
+        {"question_id": 1, "multiple_choice_answer": "x", "answers": []}]}, "a.ppm has no answers"),
+    ({"images": [{"id": 5, "file_name": "a.ppm"}], "annotations": [
+        {"image_id": 5, "caption": "an <image>"}]}, "a.ppm has no answers, or its text says")])
 def test_bad_files_are_named(tmp_path, content, message):
     write_images(tmp_path, "a.ppm")
     (tmp_path / "val.json").write_text(json.dumps([chat("a.ppm", "<image>", "x")]))
