@@ -668,7 +668,7 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
     def similarity(a, b):
         total = 0.0
         for v, w, norm_v, norm_w in zip(a[0], b[0], a[1], b[1]):
-            dot = sum(min(v[g], w[g]) * w[g] for g in v.keys() & w.keys())
+            dot = sum(min(v[g], w[g]) * w[g] for g in v if g in w)       # not a set: same order
             total += dot / (norm_v * norm_w) if norm_v and norm_w else dot
         return total / 4 * math.exp(-(a[2] - b[2]) ** 2 / (2 * 6 ** 2))
 
