@@ -200,13 +200,16 @@ def test_cider_by_hand():
 
 def test_cider_is_the_same_to_the_last_bit_in_every_process():
     """Python hashes strings anew in each, so the order of a set would show in the rounding."""
-    program = ("from train_llava import cider; texts = [' '.join(f'w{i * j % 31}' for j in range("
-               "4, 16)) for i in range(1, 30)]; print(cider(texts, [[t[:30], t[9:]] for t in texts]"
-               ").hex())")
+    program = """if True:
+        from train_llava import cider
+        texts = [" ".join(f"w{i * i * j % (7 + i)}" for j in range(1, 9 + i % 9))
+                 for i in range(1, 60)]
+        wanted = [[a[3:], b[:40]] for a, b in zip(texts, texts[1:] + texts[:1])]
+        print([cider(texts[:n], wanted[:n]) for n in range(2, 60)])"""
     root = str(Path(__file__).parents[1])
     found = {subprocess.run([sys.executable, "-c", program], cwd=root, text=True, check=True,
                             env=dict(os.environ, PYTHONHASHSEED=str(seed)),
-                            stdout=subprocess.PIPE).stdout for seed in (1, 2, 3)}
+                            stdout=subprocess.PIPE).stdout for seed in (1, 2)}
     assert len(found) == 1, found
 
 
