@@ -810,6 +810,39 @@ def one_line(error: BaseException | str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def rename(path: str | Path, tensors: dict, table: dict) -> dict:
+    """Our name -> tensor, by a table of (their name -> our name) with * for the layer's number.
+    Raises InputError that names the file and the first key that is not in the table."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        number = re.search(r"(?<=[._])\d+(?=[./])", key)         # blocks.3.norm1, encoderblock_3/
+        pattern = key[:number.start()] + "*" + key[number.end():] if number else key
+        if pattern not in table:
+            raise InputError(f"{path}: {key} is no part of the models that this script knows; this "
+                             "kind is not supported")
+        renamed[table[pattern].replace("*", number.group() if number else "")] = tensor
+    return renamed
+
+
+def refuse_safetensors(folder: Path) -> None:
+    """Raises InputError that says what to do with a folder of safetensors."""
+    if any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: holds safetensors only; write their tensors once with "
+                         "torch.save(safetensors.torch.load_file(f), 'pytorch_model.bin'), or "
+                         "-00001-of-0000N.bin if there are several")
+
+
+def has_backbone(path: Path, read: Callable, recipe: Any, args: argparse.Namespace) -> bool:
+    """True if `path` holds the small model that these options pretrain: read(path) says of which
+    recipe it is. Raises InputError if there is none and --eval-only needs one."""
+    if path.exists() and read(path).get("recipe") == recipe:
+        print(f"using the backbone in {path}")
+        return True
+    if args.eval_only:
+        raise InputError(f"--eval-only: there is no backbone of these options in {path}")
+    return False
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """write(temporary name), then rename: a reader sees the whole file or none of it."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
@@ -953,6 +986,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Fills in what depends on other options; raises InputError that names the option."""
     if args.fraction and args.fraction > 1:
         raise InputError(f"--fraction {args.fraction}: must be in (0, 1]")
+    if args.checkpoint and not args.data:
+        raise InputError("--checkpoint needs --data to adapt to")
     if not 0 <= args.seed < 2 ** 31:
         raise InputError(f"--seed {args.seed}: must be in [0, 2^31)")
     if not 0 <= args.weight_decay < 1:
@@ -1323,7 +1358,8 @@ def run(main: Callable[[], None]) -> int:
         main()
         return 0
     except torch.OutOfMemoryError as error:
-        message = f"out of memory: lower --batch-size and raise --accumulate ({error})"
+        message = ("out of memory: lower --batch-size and raise --accumulate; for text, lower "
+                   f"--max-length or add --gradient-checkpointing ({error})")
     except (InputError, OSError) as error:
         message = error
     except KeyboardInterrupt as error:

@@ -74,6 +74,11 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise InputError(f"{path}: {self.num_heads} heads on {self.num_kv_heads} key-value "
                              f"heads of width {self.head_dim}: must divide, and the width be even")
+        _, *numbers = self.rope_scaling or ("",)
+        if (not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers)
+                or len(numbers) == 4 and numbers[1] >= numbers[2]):
+            raise InputError(f"{path}: rope_scaling = {self.rope_scaling}: must be positive "
+                             "numbers, for llama3 the low factor below the high")
         return self
 
 
@@ -316,10 +321,7 @@ def read_checkpoint(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
                 raise InputError(f"{directory}: {len(parts)} weights for {config.num_layers} "
                                  "layers")
             return config, parts
-    if any(directory.glob("*.safetensors")):
-        raise InputError(f"{directory}: has safetensors files only; write their tensors once with "
-                         "torch.save(safetensors.torch.load_file(f), 'pytorch_model.bin'), or "
-                         "-00001-of-0000N.bin if there are several")
+    structlora.refuse_safetensors(directory)
     raise InputError(f"{directory}: has neither consolidated.00.pth nor pytorch_model.bin")
 
 
@@ -378,17 +380,18 @@ def read_merged(path: Path) -> tuple[LlamaConfig, dict[str, Part]]:
                          "the weights") from None
 
 
-# Meta's name -> our name, and the axis that model-parallel files cut (None: all hold the whole).
-# Linear layers that read the full width are cut by rows, those that write it by columns.
-META = {"tok_embeddings.weight": ("model.embed_tokens.weight", 0),       # LLaMA 1 and 2: axis 1
-        "norm.weight": ("model.norm.weight", None), "output.weight": ("lm_head.weight", 0),
-        **{f"layers.*.{theirs}.weight": (f"model.layers.*.{ours}.weight", axis)
-           for theirs, ours, axis in (
-               ("attention.wq", "self_attn.q_proj", 0), ("attention.wk", "self_attn.k_proj", 0),
-               ("attention.wv", "self_attn.v_proj", 0), ("attention.wo", "self_attn.o_proj", 1),
-               ("feed_forward.w1", "mlp.gate_proj", 0), ("feed_forward.w2", "mlp.down_proj", 1),
-               ("feed_forward.w3", "mlp.up_proj", 0), ("attention_norm", "input_layernorm", None),
-               ("ffn_norm", "post_attention_layernorm", None))}}
+META = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+        **{f"layers.*.{theirs}.weight": f"model.layers.*.{ours}.weight" for theirs, ours in (
+            ("attention.wq", "self_attn.q_proj"), ("attention.wk", "self_attn.k_proj"),
+            ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"),
+            ("feed_forward.w1", "mlp.gate_proj"), ("feed_forward.w2", "mlp.down_proj"),
+            ("feed_forward.w3", "mlp.up_proj"), ("attention_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"))}}
+# The axis that model-parallel files cut: rows of what reads the full width, columns of what writes
+# it; the embedding's columns in LLaMA 1 and 2. All of them hold the norms whole.
+AXES = dict.fromkeys(("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"), 0) | {
+    "wo": 1, "w2": 1}
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
@@ -404,20 +407,16 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Part]]:
     config = meta_config(directory / "params.json", shards)
     by_width = len(shards) > 1 and shards[0]["tok_embeddings.weight"].shape[1] < config.dim
     parts = {}
-    for key in shards[0]:
-        number = re.search(r"(?<=^layers\.)\d+(?=\.)", key)
-        layer = number.group() if number else ""
-        if (pattern := key.replace(f".{layer}.", ".*.", 1) if layer else key) not in META:
-            raise InputError(f"{paths[0]}: {key} is no part of a LLaMA; this kind is not supported")
-        ours, axis = META[pattern]
-        tensors = [shard[key] for shard in shards]
+    for ours, key in structlora.rename(paths[0], {key: key for key in shards[0]}, META).items():
+        layer = key.split(".")[-2]
+        tensors, axis = [shard[key] for shard in shards], AXES.get(layer)
         if axis is None:
             if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
                 raise InputError(f"{paths[0]}: {key} differs between the files: not of one model")
             tensors, axis = tensors[:1], 0
-        heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(key.split(".")[-2], 0)
-        axis = 1 if by_width and key == "tok_embeddings.weight" else axis
-        parts[ours.replace("*", layer)] = Part(paths, tensors, axis, heads)
+        heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(layer, 0)
+        axis = 1 if by_width and layer == "tok_embeddings" else axis
+        parts[ours] = Part(paths, tensors, axis, heads)
     return config, parts
 
 
@@ -482,7 +481,7 @@ def huggingface_config(path: Path) -> LlamaConfig:
     """LlamaConfig from config.json; what this model has no part for is refused, not ignored."""
     c = structlora.read_json(path)
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}       # transformers 5, before
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default" if type(rope) is dict else rope
     for key, value, allowed in (
             ("model_type", c.get("model_type", "llama"), ("llama", "llava", "llava_llama")),
             ("hidden_act", c.get("hidden_act", "silu"), ("silu", "swish")),
@@ -831,7 +830,7 @@ def read_data(path: Path, seed: int) -> tuple[list[Example], list[Example]]:
 def read_examples(path: Path) -> list[Example]:
     """Examples of a .json list or of .jsonl; of any other file, its text in parts of some lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as UTF-8 ({structlora.one_line(error)})") from None
     if path.suffix not in (".json", ".jsonl"):
@@ -870,6 +869,8 @@ def parse(record: Any, where: str, label: str | None) -> Example:
             choices = record.get("choices", [output])
             if not isinstance(choices, list) or output not in choices:
                 raise InputError(f"{where}: the output is not among the choices")
+            if not all(isinstance(choice, str) for choice in choices):
+                raise InputError(f"{where}: choices {choices} are not all texts")
             prompt = ALPACA[bool(record.get("input"))]
             return Example(prompt.format_map(record), choices, choices.index(output))
     raise InputError(f"{where}: expected instruction and output, or BoolQ's question, passage and "
@@ -895,14 +896,17 @@ def choose(examples: list, shots: int | None, fraction: float | None, seed: int)
 
 
 def encode_rows(tokenizer: Any, prompt: str, answer: str, length: int, eos: bool) -> list[Row]:
-    """A row of at most `length` tokens, or as many as a text without a prompt takes.
+    """A row of at most `length` tokens, or as many as a text without a prompt takes: each starts
+    with the last token of the one before.
 
-    What the joint text adds to the prompt's tokens is the answer, as in lm-evaluation-harness. Too
-    long a prompt loses its beginning, but not the first token, and the answer stays whole."""
+    The answer is what the joint text has after the tokens that it shares with the prompt's: a space
+    that ends the prompt may have become part of a word. Too long a prompt loses its beginning, but
+    not the first token, and the answer stays whole."""
     tokens = tokenizer.encode(prompt + answer, eos=eos)
     if not prompt:
-        return [Row(tokens[i:i + length], 1) for i in range(0, len(tokens) - 1, length)]
-    cut = len(tokenizer.encode(prompt))
+        return [Row(tokens[i:i + length], 1) for i in range(0, len(tokens) - 1, length - 1)]
+    alone = tokenizer.encode(prompt)
+    cut = next((i for i, (a, b) in enumerate(zip(alone, tokens)) if a != b), len(alone))
     tail = tokens[cut:][:length - 1]
     head = tokens[:1] + tokens[1:cut][max(0, cut + len(tail) - length):]
     return [Row(head + tail, len(head))]
@@ -1009,7 +1013,7 @@ def print_samples(model: Llama, tokenizer: Any, test: list[Example], args) -> No
     """What the model answers to the first two questions of the test set, or how it goes on."""
     for example in test[:2]:
         text = example.prompt or example.choices[0][:100]
-        ids = tokenizer.encode(text)[-args.max_length:]
+        ids = encode_rows(tokenizer, text, "", args.max_length, False)[0].tokens
         out = generate(model, torch.tensor([ids], device=args.device), 16, eos_id=tokenizer.eos_id)
         answer = tokenizer.decode(out[0, len(ids):].tolist())
         wanted = f" (right: {example.choices[example.answer]!r})" if example.prompt else ""
@@ -1021,7 +1025,8 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, args,
     """Cross entropy of the answer tokens; accuracy among the choices if there are any, and loss."""
     encode = lambda e, choice, eos: encode_rows(tokenizer, e.prompt, choice, args.max_length, eos)
     rows = [row for e in train for row in encode(e, e.choices[e.answer], True)]
-    scored = [[row for choice in e.choices for row in encode(e, choice, False)] for e in test]
+    # An answer is scored without the end of text, unless it is nothing else.
+    scored = [[row for choice in e.choices for row in encode(e, choice, not choice)] for e in test]
     seen = {"tokens": 0, "since": 0.0, "samples": False}
 
     def batch(number):
@@ -1081,14 +1086,12 @@ def save_meta(model: Llama, folder: Path, **more) -> None:
     """Writes `model` in Meta's layout, consolidated.00.pth and params.json; `more` goes into the
     latter. The reverse of read_meta, for the demo and the tests."""
     c, state = model.config, {}
-    ours = {name: key for key, (name, _) in META.items()}
     for name, tensor in model.state_dict().items():
-        layer = name.split(".")[2] if name.startswith("model.layers.") else ""
-        key = ours[name.replace(f".{layer}.", ".*.", 1) if layer else name].replace("*", layer)
         if ".q_proj." in name or ".k_proj." in name:             # halves of a head -> pairs of rows
             halves = tensor.view(-1, 2, c.head_dim // 2, c.dim)
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        state[key] = tensor.cpu()
+        state[name] = tensor.cpu()
+    state = structlora.rename(folder, state, {ours: theirs for theirs, ours in META.items()})
     params = {"dim": c.dim, "n_layers": c.num_layers, "n_heads": c.num_heads,
               "n_kv_heads": c.num_kv_heads, "head_dim": c.head_dim, "vocab_size": c.vocab_size,
               "ffn_dim_multiplier": c.hidden_dim / int(8 * c.dim / 3),           # see meta_config
@@ -1104,11 +1107,8 @@ def pretrained(source: list[Example], held: list[Example], tokenizer: Any, args)
     folder = Path(args.out) / "backbone"
     recipe = [args.data, args.tokenizer, args.pretrain_steps, args.max_length, args.seed]
     sizes = folder / "params.json"               # written last
-    if sizes.exists() and structlora.read_json(sizes).get("recipe") == recipe:
-        print(f"using the backbone in {folder}")
+    if structlora.has_backbone(sizes, structlora.read_json, recipe, args):
         return folder
-    if args.eval_only:
-        raise InputError(f"--eval-only: there is no backbone of these options in {folder}")
     torch.manual_seed(args.seed)
     config = LlamaConfig(tokenizer.vocab_size, dim=64, num_layers=4, num_heads=4, num_kv_heads=2,
                          head_dim=16, hidden_dim=176)
@@ -1134,8 +1134,6 @@ def parse_options() -> Any:
     p.add_argument("--pretrain-steps", type=structlora.positive(int), default=600)
     args = p.parse_args()
     structlora.check_options(args)
-    if args.checkpoint and not args.data:
-        raise InputError("--checkpoint needs --data to adapt to")
     if args.max_length < 2:
         raise InputError(f"--max-length {args.max_length}: must be at least 2")
     return args
@@ -1179,12 +1177,7 @@ def main() -> None:
     if args.checkpoint:          # read before anything is written, so that a bad file costs nothing
         load()
         structlora.open_run(args.out, args)
-    try:
-        structlora.compare(args, load, task, save_merged, LEARNING_RATES)
-    except torch.OutOfMemoryError as error:
-        raise InputError("out of memory: add --gradient-checkpointing, or lower --batch-size (and "
-                         "raise --accumulate) or --max-length "
-                         f"({structlora.one_line(error)})") from None
+    structlora.compare(args, load, task, save_merged, LEARNING_RATES)
 
 
 if __name__ == "__main__":

@@ -223,10 +223,10 @@ def read_tower(directory: Path, inside: dict, folder: str | Path | None,
     said, path = read_clip_config(Path(folder) / "config.json") if folder else {}, directory
     if not inside:
         path = Path(folder) / "pytorch_model.bin"
-        if not path.exists() and any(Path(folder).glob("*.safetensors")):
-            raise InputError(f"{folder}: holds safetensors only; save the tensors as {path.name}")
+        if not path.exists():
+            structlora.refuse_safetensors(path.parent)
         inside = {key: llama.Part([path], [t]) for key, t in llama.read_state(path).items()}
-    parts = vit.rename(path, {key.removeprefix("vision_model."): part for key, part
+    parts = structlora.rename(path, {key.removeprefix("vision_model."): part for key, part
                               in inside.items() if key.startswith("vision_model.")
                               and not key.endswith("position_ids")}, CLIP)
     tensors = {name: part.tensors[0] for name, part in parts.items()}
@@ -300,7 +300,7 @@ def save_llava(model: Llava, folder: Path, **more) -> None:
     own = "model.vision_tower."
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     tower = {key.removeprefix(own): state.pop(key) for key in list(state) if key.startswith(own)}
-    tower = vit.rename(folder, tower, {ours: theirs for theirs, ours in CLIP.items()})
+    tower = structlora.rename(folder, tower, {ours: theirs for theirs, ours in CLIP.items()})
     tower["embeddings.class_embedding"] = tower["embeddings.class_embedding"].flatten()
     tower["embeddings.position_embedding.weight"] = tower["embeddings.position_embedding.weight"][0]
     name = "pytorch_model-00001-of-00001.bin"
@@ -408,6 +408,9 @@ def read_examples(files: list[Path], images: Path) -> list[Example]:
                 texts = [e.name, *e.references, *(text for turn in e.turns for text in turn)]
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"no text: {texts}")
+                if not e.references or sum(t.count("<image>") for turn in e.turns
+                                           for t in turn) != bool(e.name):
+                    raise ValueError(f"{e.name} has no answers, or its text says <image>")
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -542,8 +545,9 @@ def load_images(rows: list, view: tuple, device: str) -> torch.Tensor | None:
 
 def encode(tokenizer: Any, example: Example, length: int, answered: bool = True) -> Row:
     """A conversation in Vicuna's template, as LLaVA-1.5 tokenises it: the text on either side of a
-    picture by itself, each round by itself, </s> after each answer. Without answers: the first
-    question, for generation. At most `length` tokens: the end is lost."""
+    picture by itself, each round by itself, </s> after each answer; None as the question leaves
+    the picture alone, as in LLaVA's first stage. Without answers: the first question, for
+    generation. At most `length` tokens: the end is lost."""
     def pieces(text: str, first: bool) -> list[int]:
         ids = []
         for i, piece in enumerate(text.split("<image>")):
@@ -552,7 +556,8 @@ def encode(tokenizer: Any, example: Example, length: int, answered: bool = True)
 
     tokens, spans = [], []
     for number, (question, answer) in enumerate(example.turns):
-        prompt = f"{'' if number else SYSTEM}USER: {question} ASSISTANT:" if question else "<image>"
+        prompt = f"{'' if number else SYSTEM}USER: {question} ASSISTANT:"
+        prompt = "<image>" if question is None else prompt
         head = pieces(prompt, not number)
         if not answered:
             return Row(head, len(head), [], example.image)
@@ -663,7 +668,7 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
     def similarity(a, b):
         total = 0.0
         for v, w, norm_v, norm_w in zip(a[0], b[0], a[1], b[1]):
-            dot = sum(min(v[g], w[g]) * w[g] for g in v.keys() & w.keys())
+            dot = sum(min(v[g], w[g]) * w[g] for g in v if g in w)       # not a set: same order
             total += dot / (norm_v * norm_w) if norm_v and norm_w else dot
         return total / 4 * math.exp(-(a[2] - b[2]) ** 2 / (2 * 6 ** 2))
 
@@ -679,11 +684,10 @@ def plain(text: str) -> str:
 def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: tuple, args,
               batch_size: int) -> Task:
     """Cross entropy of the answers' tokens; VQA accuracy of questions and CIDEr of captions."""
-    rows = [encode(tokenizer, e, args.max_length) for e in train]
-    rows = [row for row in rows if row.start < len(row.tokens)]
-    scored = sorted((encode(tokenizer, e, args.max_length) for e in test),
-                    key=lambda row: -len(row.tokens))
-    if not rows:
+    rows, scored = ([row for e in part if (row := encode(tokenizer, e, args.max_length)).start
+                     < len(row.tokens)] for part in (train, test))
+    scored.sort(key=lambda row: -len(row.tokens))
+    if not rows or not scored:
         raise InputError(f"--max-length {args.max_length}: no answer of the data fits")
 
     seen = {"trained": False, "frozen": False}
@@ -856,15 +860,12 @@ def pretrained(source: tuple, tokenizer: Words, args) -> Path:
     options that it depends on have changed."""
     folder = Path(args.out) / "backbone"
     path, recipe = folder / "llava" / "config.json", [args.data, args.pretrain_steps, args.seed]
-    if path.exists() and structlora.read_json(path).get("recipe") == recipe:
-        print(f"using the backbone in {folder}")
+    if structlora.has_backbone(path, structlora.read_json, recipe, args):
         return folder
-    if args.eval_only:
-        raise InputError(f"--eval-only: there is no backbone of these options in {folder}")
     torch.manual_seed(args.seed)
     model = small_llava(tokenizer.vocab_size, 32, 4 if args.data else 8).to(args.device)
     train, test = source             # most as in LLaVA's first stage: a picture, then its caption
-    train = [e._replace(turns=[("", e.turns[0][1])]) for e in train] + train[::6]
+    train = [e._replace(turns=[(None, e.turns[0][1])]) for e in train] + train[::6]
     task = make_task(train, test, tokenizer, model.view, args, batch_size=32)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=4e-3)
     save_llava(model, folder, recipe=recipe)
@@ -897,8 +898,6 @@ def parse_options() -> Any:
     args = p.parse_args()
     args.targets = ",".join(qualified(args.targets, args.tune_vision))
     structlora.check_options(args)
-    if args.checkpoint and not args.data:
-        raise InputError("--checkpoint needs --data to adapt to")
     if args.data and not args.checkpoint and not any(Path(args.data).glob("data_batch_*.bin")):
         raise InputError(f"--data {args.data} needs --checkpoint; only CIFAR-10's folder "
                          "(data_batch_*.bin) is enough to pretrain on")

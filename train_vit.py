@@ -20,7 +20,6 @@ Order of this file: model, checkpoints, data, demo, main.
 import functools
 import json
 import math
-import re
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -217,18 +216,6 @@ def sizes_of(path: Path, tensors: dict, heads: int | None, **rest) -> ViTConfig:
                      pre_logits="pre_logits.weight" in tensors, **rest)
 
 
-def rename(path: Path, tensors: dict, table: dict) -> dict:
-    """Our name -> tensor, by a table of (their name -> our name) with * for the layer's number."""
-    renamed = {}
-    for key, tensor in tensors.items():
-        number = re.search(r"(?<=[._])\d+(?=[./])", key)         # blocks.3.norm1, encoderblock_3/
-        pattern = key[:number.start()] + "*" + key[number.end():] if number else key
-        if pattern not in table:
-            raise InputError(f"{path}: {key} is no part of a plain ViT; this kind is not supported")
-        renamed[table[pattern].replace("*", number.group() if number else "")] = tensor
-    return renamed
-
-
 def read_state(path: Path, state: Any, prefix: str, table: dict) -> dict:
     """Our name -> fp32 tensor from a PyTorch state dict; absent q, k, v biases become zeros."""
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
@@ -238,7 +225,7 @@ def read_state(path: Path, state: Any, prefix: str, table: dict) -> dict:
             raise InputError(f"{path}: {key} is {tensor.dtype}: a quantised checkpoint; give the "
                              "original one")
     state = {str(key).removeprefix(prefix): value.float() for key, value in state.items()}
-    tensors = rename(path, state, table)
+    tensors = structlora.rename(path, state, table)
     for key in [key for key in tensors if ".qkv." in key]:       # timm fuses the three
         fused = tensors.pop(key)
         if not fused.dim() or len(fused) % 3:
@@ -284,7 +271,6 @@ def read_timm(path: Path) -> tuple[dict, ViTConfig]:
 
 def save_vit(model: ViT, path: str | Path, **more) -> None:
     """Writes `model` as a timm-style .pth, with what timm's files leave out under "vit"."""
-    ours = {b: a for a, b in TIMM.items()}
     state = {}
     for key, tensor in model.state_dict().items():
         if ".k_proj." in key or ".v_proj." in key:
@@ -292,9 +278,8 @@ def save_vit(model: ViT, path: str | Path, **more) -> None:
         if ".q_proj." in key:
             parts = [model.get_parameter(key.replace("q_proj", f"{n}_proj")) for n in "qkv"]
             key, tensor = key.replace("q_proj", "qkv"), torch.cat([p.detach() for p in parts])
-        number = key.split(".")[1] if key.startswith("blocks.") else ""
-        name = ours[key.replace(f".{number}.", ".*.", 1) if number else key].replace("*", number)
-        state[name] = tensor.cpu()
+        state[key] = tensor.cpu()
+    state = structlora.rename(path, state, {ours: theirs for theirs, ours in TIMM.items()})
     said = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std")}
     structlora.write_atomically(
         path, lambda temporary: torch.save({"model": state, "vit": said, **more}, temporary))
@@ -324,8 +309,8 @@ HUGGINGFACE = {"embeddings.cls_token": "cls_token", "embeddings.position_embeddi
 def read_huggingface(folder: Path) -> tuple[dict, ViTConfig]:
     """A folder with config.json and pytorch_model.bin of ViTForImageClassification or ViTModel."""
     path = folder / "pytorch_model.bin"
-    if not path.exists() and any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: holds safetensors only; save the tensors as pytorch_model.bin")
+    if not path.exists():
+        structlora.refuse_safetensors(folder)
     settings, state = structlora.read_json(folder / "config.json"), structlora.read_torch(path)
     if settings.get("model_type", "vit") != "vit" or settings.get("hidden_act", "gelu") != "gelu":
         raise InputError(f"{folder / 'config.json'}: model_type {settings.get('model_type')!r} "
@@ -376,7 +361,7 @@ def read_google(path: Path) -> tuple[dict, ViTConfig]:
     """Google's Flax .npz: kernels are [in, out], attention kernels keep the heads apart."""
     arrays = {key.removeprefix("opt/target/"): a for key, a in read_npz(path).items()}
     heads, tensors = None, {}
-    for key, tensor in rename(path, arrays, GOOGLE).items():
+    for key, tensor in structlora.rename(path, arrays, GOOGLE).items():
         if tensor.dtype.kind != "f":
             raise InputError(f"{path}: {key} is of type {tensor.dtype}, not a floating-point array")
         tensor = torch.from_numpy(tensor).float()
@@ -622,11 +607,8 @@ def pretrained(train: Images, test: Images, args) -> Path:
     that it depends on have changed."""
     path = Path(args.out) / "backbone.pth"
     recipe = json.dumps([args.data, args.source_classes, args.pretrain_steps, args.seed])
-    if path.exists() and structlora.read_torch(path).get("recipe") == recipe:
-        print(f"using the backbone in {path}")
+    if structlora.has_backbone(path, structlora.read_torch, recipe, args):
         return path
-    if args.eval_only:
-        raise InputError(f"--eval-only: there is no backbone of these options in {path}")
     torch.manual_seed(args.seed)
     size = args.image_size or (32 if args.data else 24)
     model = small_vit(size, 1 + int(train.labels.max())).to(args.device)
@@ -677,8 +659,6 @@ def parse_options() -> Any:
         raise InputError("--source-classes says what to pretrain on: not with --checkpoint")
     if (args.shift or args.source_classes) and not args.data:
         raise InputError("--shift and --source-classes need --data: the demo has its own shift")
-    if args.checkpoint and not args.data:
-        raise InputError("--checkpoint needs --data to adapt to")
     return args
 
 

@@ -561,7 +561,9 @@ def test_shards_of_different_models_are_refused(tmp_path):
     ({"n_kv_heads": 3}, "key-value"),
     ({"norm_eps": None}, "norm_eps"), ({"n_layers": 1}, "layers.1"), ({"n_layers": 3}, "layers.2"),
     ({"dim": 64}, "params.json"), ({"multiple_of": 0}, "params.json"),
-    ({"rope_theta": -1}, "rope")))
+    ({"rope_theta": -1}, "rope"),
+    ({"use_scaled_rope": True, "rope_scaling_factor": "x"}, "rope_scaling"),
+    ({"use_scaled_rope": True, "rope_scaling_factor": -3}, "rope_scaling")))
 def test_sizes_that_do_not_fit_are_refused(params, word, tmp_path):
     refused(write_meta(tmp_path / "llama", SIZES["grouped"], **params), word)
 
@@ -570,6 +572,9 @@ def test_sizes_that_do_not_fit_are_refused(params, word, tmp_path):
     ({"attention_bias": True}, "attention_bias"), ({"model_type": "mistral"}, "mistral"),
     ({"hidden_act": "gelu"}, "gelu"), ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": "nan"}}, "rope_scaling"),
+    ({"rope_scaling": "linear"}, "config.json"), ({"rope_scaling": [3]}, "rope_type"),
     ({"vocab_size": 41}, "embed_tokens"), ({"hidden_size": None}, "config.json")))
 def test_what_the_model_cannot_do_is_refused_not_ignored(settings, word, tmp_path):
     refused(write_huggingface(tmp_path / "llama", SIZES["grouped"], **settings), "llama", word)

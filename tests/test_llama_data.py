@@ -17,6 +17,7 @@ import structlora
 import train_llama
 from helpers import chain  # noqa: F401: one thread, as the models are tiny
 from structlora import InputError
+from test_tokenizer import sentencepiece_model
 from train_llama import (ALPACA, Bytes, Example, Llama, LlamaConfig, Row, answer_losses, collate,
                          encode_rows, evaluate_rows, make_task, read_data, read_examples)
 
@@ -120,6 +121,8 @@ BAD_LINES = {"not JSON": ("{", "2: not JSON"), "a list": ("[1]", "2: expected"),
              ('{"question": "a", "passage": "b", "answer": "yes"}', "2: expected"),
              "deep": ("[" * 100_000, "2: not JSON"), "infinite label":
              ('{"goal": "a", "sol1": "b", "sol2": "c", "label": 1e999}', "2: label inf"),
+             "a number as choice":
+             ('{"instruction": "a", "output": "b", "choices": ["b", 3]}', "2: choices"),
              "output not a choice":
              ('{"instruction": "a", "output": "b", "choices": ["c"]}', "2: the output")}
 
@@ -168,8 +171,36 @@ def test_a_row_is_prompt_answer_and_end_and_truncation_keeps_the_answer():
 
 def test_a_text_without_a_prompt_becomes_as_many_rows_as_it_takes():
     rows = encode_rows(Bytes(), "", "abcdefghij", 4, True)
-    assert [row.tokens for row in rows] == [[256, *b"abc"], [*b"defg"], [*b"hij", 257]]
+    assert [row.tokens for row in rows] == [[256, *b"abc"], [*b"cdef"], [*b"fghi"], [*b"ij", 257]]
     assert {row.start for row in rows} == {1}
+    for length in range(2, 14):                                  # each token is predicted once
+        rows = encode_rows(Bytes(), "", "abcdefghij", length, True)
+        assert sum((row.tokens[1:] for row in rows), []) == [*b"abcdefghij", 257]
+        assert max(len(row.tokens) for row in rows) <= length
+
+
+def test_an_answer_that_joins_with_the_prompts_last_space_is_not_lost(tmp_path):
+    pieces = [(text, -float(i), 1)
+              for i, text in enumerate(("\u2581cat", "\u2581c", "at", "\u2581", "c", "a", "t"))]
+    (tmp_path / "t.model").write_bytes(sentencepiece_model(pieces))
+    tokenizer = train_llama.load_tokenizer(tmp_path / "t.model")
+    for prompt, answer in (("a ", "cat"), ("a", " cat")):        # " cat" is one token in both
+        row, = encode_rows(tokenizer, prompt, answer, 9, False)
+        assert row.tokens == tokenizer.encode("a cat")
+        assert row.tokens[row.start:] == [259], "the piece of the space and the cat"
+
+
+def test_an_empty_answer_is_scored_by_the_end_of_text(cli, tmp_path, checkpoint):
+    records = [{"instruction": str(i), "output": ""} for i in range(20)]
+    data = write_lines(tmp_path / "empty.jsonl", *records)
+    status, out, err = cli("--checkpoint", checkpoint, "--data", data, "--eval-only", *QUICK)
+    assert status == 0 and not err and "nan" not in out
+    test = [Example("a", ["", "b"], 0)]
+    with torch.no_grad():
+        loss = make_task(test, test, Bytes(), options(), 1).evaluate(tiny())["loss"]
+    ids = [256, *b"a", 257]
+    expected = -tiny()(torch.tensor([ids])).log_softmax(-1)[0, 1, 257].item()
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_loss_is_that_of_the_answer_tokens_alone():
@@ -352,7 +383,7 @@ def test_a_broken_line_of_data_ends_the_program_in_one_line(cli, data):
 def test_out_of_memory_says_which_option_to_lower(cli, data, checkpoint, monkeypatch):
     def no_room(*_):
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-    monkeypatch.setattr(train_llama, "answer_losses", no_room)
+    monkeypatch.setattr(train_llama, "answer_losses", no_room)   # LLaVA's too: one handler for all
     status, _, err = cli("--checkpoint", checkpoint, "--data", data, "--out", "out", *QUICK)
     assert status == 2 and err.count("\n") == 1
     assert all(word in err for word in ("--gradient-checkpointing", "--batch-size", "--max-length"))

@@ -512,6 +512,25 @@ def test_the_prompt_is_vicunas_and_only_answers_are_learned():
     assert asked.tokens == row.tokens[:row.start]
 
 
+def test_empty_questions_ask_for_no_picture_and_empty_answers_are_learned():
+    record = conversation("", "", "Hi", "", "", image=False)
+    row = encode(Letters(), train_llava.parse_conversation(record, "a.json"), 999)
+    assert I not in row.tokens and row.tokens[-3:] == [ord(":"), ord(" "), 2]
+    first = Example(None, "a.ppm", [(None, "a cat")], [], "caption")             # LLaVA's stage 1
+    assert encode(Letters(), first, 999).tokens == [1, I, ord(" "), *map(ord, "a cat"), 2]
+
+
+def test_a_conversation_whose_answer_does_not_fit_is_left_out():
+    short = Example(None, "", [("Hi", "Ho")], ["Ho"], "question")
+    long = short._replace(image=torch.zeros(3, 4, 4), turns=[("<image>\n" + "why " * 99, "No")])
+    args = argparse.Namespace(max_length=300, seed=0, device="cpu")
+    view = train_llava.vit.ViTConfig(12, 4, 8, 1, 1, 8), True
+    task = train_llava.make_task([short, long], [short], Letters(), view, args, 4)
+    assert task.num_examples == len(" Ho") + 1
+    with pytest.raises(InputError, match="--max-length 300: no answer"):
+        train_llava.make_task([short], [long], Letters(), view, args, 4)
+
+
 def test_llavas_way_of_tokenising_around_the_picture():
     model = Path(__file__).parents[2] / "shared/data/llama2/tokenizer.model"
     if not model.is_file():
@@ -770,7 +789,11 @@ def test_normalisation_is_clips(tmp_path):
     ([chat("a.ppm", "ok", "<image>")], "record 1: 1 times <image>"),
     ({"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "KeyError: 5"),
     ({"questions": [{"question_id": 1, "image": "a.ppm", "question": "?"}]},
-     "no annotation answers question 1")])
+     "no annotation answers question 1"),
+    ({"questions": [{"question_id": 1, "image": "a.ppm", "question": "?"}], "annotations": [
+        {"question_id": 1, "multiple_choice_answer": "x", "answers": []}]}, "a.ppm has no answers"),
+    ({"images": [{"id": 5, "file_name": "a.ppm"}], "annotations": [
+        {"image_id": 5, "caption": "an <image>"}]}, "a.ppm has no answers, or its text says")])
 def test_bad_files_are_named(tmp_path, content, message):
     write_images(tmp_path, "a.ppm")
     (tmp_path / "val.json").write_text(json.dumps([chat("a.ppm", "<image>", "x")]))

@@ -7,7 +7,11 @@ statements removed), called with one question at a time, and pycocoevalcap's cid
 references)` for each, `scorer.compute_score()[0]`."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -192,6 +196,21 @@ def test_cider_by_hand():
     # it has one 2-gram, the reference none, so the penalty is exp(-1 / 72).
     assert cider(["cat cat", "dog"], [["cat"], ["dog"]]) == pytest.approx(
         (2.5 / 2 * math.exp(-1 / 72) + 2.5) / 2)
+
+
+def test_cider_is_the_same_to_the_last_bit_in_every_process():
+    """Python hashes strings anew in each, so the order of a set would show in the rounding."""
+    program = """if True:
+        from train_llava import cider
+        texts = [" ".join(f"w{i * i * j % (7 + i)}" for j in range(1, 9 + i % 9))
+                 for i in range(1, 60)]
+        wanted = [[a[3:], b[:40]] for a, b in zip(texts, texts[1:] + texts[:1])]
+        print([cider(texts[:n], wanted[:n]) for n in range(2, 60)])"""
+    root = str(Path(__file__).parents[1])
+    found = {subprocess.run([sys.executable, "-c", program], cwd=root, text=True, check=True,
+                            env=dict(os.environ, PYTHONHASHSEED=str(seed)),
+                            stdout=subprocess.PIPE).stdout for seed in (1, 2)}
+    assert len(found) == 1, found
 
 
 @pytest.mark.parametrize("candidates, references", [(["a"], []), ([], []), (["a"], [[]])])
