@@ -1403,7 +1403,8 @@ def run(main: Callable[[], None]) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-        leave_processes()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if others and not isinstance(message, ConnectionError):
         time.sleep(2)                        # in which torchrun ends it, if rank 0 has failed too
     print(f"{name}: error: {one_line(message)}", file=sys.stderr)
@@ -1435,12 +1436,6 @@ def join_processes(args: argparse.Namespace) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
-
-
-def leave_processes() -> None:
-    """Undoes join_processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -1491,14 +1486,13 @@ def average(tensors: list, adapters: StructLoRA, loss: float, size: int, stop: b
     flat tensor; with it goes whether any rank is to `stop`. Returns (loss, stop)."""
     if not dist.is_initialized():
         return loss, stop
-    for tensor in tensors:                   # a rank without a picture has none for the projector
+    for tensor in tensors:                   # the projector has none on a rank without a picture
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
     parts = [t.grad for t in tensors] + [g.gradient_sum for g in adapters.graphs if g.watches]
-    parts.append(parts[0].new_tensor([loss, 1.0]))
+    parts.append(parts[0].new_tensor([loss, stop, 1.0]))
     flat = size * torch.cat([part.flatten() for part in parts])
-    flat = torch.cat([flat, flat.new_tensor([stop])])
     with contact():
-        dist.all_reduce(flat)
-    for part, total in zip(parts, flat.split([*(part.numel() for part in parts), 1])):
-        part.copy_(total.view_as(part) / flat[-2])
-    return float(parts[-1][0]), bool(flat[-1])
+        dist.all_reduce(flat)                # the last entry is now the number of all labels
+    for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+        part.copy_(total.view_as(part) / flat[-1])
+    return float(parts[-1][0]), bool(parts[-1][1] > 0)
