@@ -823,7 +823,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:            # torch.save reports a full disk this way
-        raise OSError(f"{path}: could not be written: {one_line(error)}") from None
+        raise OSError(f"{path}: could not be written; is the disk full? ({one_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
