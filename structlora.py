@@ -109,7 +109,8 @@ class Config:
             "alpha": (0 < self.alpha < math.inf, "must be positive"),
             "dropout": (0 <= self.dropout < 1, "must be in [0, 1)"),
             "beta": (0 <= self.beta < math.inf, "must not be negative"),
-            "targets": (self.targets and all(self.targets), "must name at least one layer"),
+            "targets": (self.targets and all(isinstance(t, str) and t for t in self.targets),
+                        "must name at least one layer"),
             "budget": (self.budget is None or 0 < self.budget < math.inf and self.gate != "none",
                        "must be positive, and needs a gate to rank the directions")}
         for field, (good, rule) in rules.items():
@@ -664,7 +665,7 @@ class StructLoRA:
                 if mine.dtype == torch.long and ((value < 0) | (value >= len(mine))).any():
                     raise ValueError(f"an edge leads to none of the {len(mine)} layers")
             penalty_calls = int(state["penalty_calls"])
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{source}: does not fit the model: {one_line(error)}") from None
         for mine, value in pairs:
             mine.copy_(value)
@@ -686,7 +687,7 @@ class StructLoRA:
             raise InputError(f"{path}: not a file of StructLoRA.save")
         try:
             adapters = attach(model, Config(**state["config"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: does not fit the model: {one_line(error)}") from None
         try:
             adapters.load_state(state, str(path))
@@ -823,7 +824,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:            # torch.save reports a full disk this way
-        raise OSError(f"{path}: could not be written; is the disk full? ({one_line(error)})") from None
+        raise OSError(f"{path}: not written; is the disk full? ({one_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -845,7 +846,9 @@ def read_torch(path: str | Path) -> Any:
         raise InputError(f"{path}: a safetensors file; save its tensors with torch.save first")
     try:
         mapped = {"mmap": True} if head[:4] == b"PK\x03\x04" else {}
-        return torch.load(path, map_location="cpu", weights_only=True, **mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # about the pickle's age: not the user's business
+            return torch.load(path, map_location="cpu", weights_only=True, **mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error):
             raise InputError(f"{path}: holds more than tensors and was refused; nothing in it was "
@@ -1129,9 +1132,9 @@ def load_checkpoint(path: Path, adapters: StructLoRA, optimizer, extra: dict) ->
         raise InputError(f"{path}: not the checkpoint of a run")
     mine = dataclasses.asdict(adapters.config)
     for field, value in (state["config"] if isinstance(state.get("config"), dict) else {}).items():
-        if mine.get(field, value) != value:
-            raise InputError(f"{path}: is of a run with {field}={value!r}, this one has "
-                             f"{mine[field]!r}")
+        if repr(mine.get(field, value)) != repr(value):
+            raise InputError(f"{path}: is of a run with {field}={one_line(repr(value))}, this one "
+                             f"has {mine[field]!r}")
     adapters.load_state(state, str(path))
     groups = optimizer.state_dict()["param_groups"]
     trainable = [p for group in optimizer.param_groups for p in group["params"]]

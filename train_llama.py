@@ -849,7 +849,7 @@ def read_examples(path: Path) -> list[Example]:
         records |= {where: value} if path.suffix == ".jsonl" or not isinstance(value, list) else {
             f"{where}: record {n}": each for n, each in enumerate(value, 1)}
     apart = path.with_name(f"{path.stem}-labels.lst")            # where PIQA keeps its answers
-    labels = apart.read_text().split() if apart.is_file() else [None] * len(records)
+    labels = apart.read_text(errors="replace").split() if apart.is_file() else [None] * len(records)
     if len(labels) != len(records):
         raise InputError(f"{apart}: {len(labels)} labels for {len(records)} records")
     return [parse(record, where, label) for (where, record), label in zip(records.items(), labels)]

@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import re
+import tokenize
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -484,7 +485,7 @@ def read_picture(path: Path) -> torch.Tensor:
     """uint8 pixels [3, H, W] of a file. Raises InputError that names it."""
     try:
         if path.suffix.lower() == ".npy":
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)    # checks the size claimed
+            pixels = np.lib.format.open_memmap(path, "r")    # not larger than the file; no objects
         elif path.suffix.lower() == ".ppm":
             pixels = read_ppm(path.read_bytes())
         else:
@@ -494,7 +495,8 @@ def read_picture(path: Path) -> torch.Tensor:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"{pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError,
+            tokenize.TokenError) as error:       # the last of a damaged header of a .npy
         raise InputError(f"{path}: not a readable picture ({structlora.one_line(error)})") from None
 
 

@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import re
+import tokenize
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -367,7 +368,8 @@ def read_npz(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError,
-            zipfile.zlib.error, SyntaxError, TypeError, AttributeError, MemoryError) as error:
+            zipfile.zlib.error, SyntaxError, tokenize.TokenError, TypeError, AttributeError,
+            MemoryError) as error:
         raise InputError(f"{path}: truncated, or not an .npz of plain arrays "
                          f"({type(error).__name__}); fetch it again") from None
 

@@ -42,7 +42,7 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")"""
 
 
-def start(script: str, out: Path, *more: str, launcher: tuple = (), before=None) -> subprocess.Popen:
+def start(script: str, out: Path, *more: str, launcher=(), before=None) -> subprocess.Popen:
     """The demo of train_SCRIPT.py, writing to `out`; --resume if that is there already."""
     resume = ("--resume",) * out.is_dir()
     command = [sys.executable, *launcher, ROOT / f"train_{script}.py", *OPTIONS, "--out", out,
