@@ -1142,8 +1142,9 @@ def load_checkpoint(path: Path, adapters: StructLoRA, optimizer, extra: dict) ->
         for number, values in state["optimizer"].items():
             values = {name: values[name] for name in ("step", "exp_avg", "exp_avg_sq")}
             check_finite(path, values)
-            if any(v.shape not in (trainable[number].shape, ()) for v in values.values()):
-                raise ValueError(f"the optimizer's state of tensor {number} is of another shape")
+            if any(v.shape not in (trainable[number].shape, ()) or not v.is_floating_point()
+                   for v in values.values()):
+                raise ValueError(f"the optimizer's state of tensor {number} is of another kind")
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         cpu, cuda = state["random"][rank()]
         torch.set_rng_state(cpu)

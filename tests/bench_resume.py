@@ -81,6 +81,12 @@ def same(a, b) -> bool:
     return a == b
 
 
+def logged(out: Path) -> int:
+    """How many lines metrics.jsonl has."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def moment(out: Path) -> str:
     """What a run was at when it was killed, by the files it left."""
     if not (out / "config.json").exists():
@@ -89,18 +95,24 @@ def moment(out: Path) -> str:
         return "pretraining"
     if list(out.glob("**/*.tmp*")):
         return "writing a file"
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return "training" if len(lines) <= STEPS else "ending"
+    return "training" if logged(out) <= STEPS else "ending"
 
 
 def killed_until_it_ends(script: str, out: Path, rng: random.Random, seconds: float,
                          most: int) -> collections.Counter:
-    """Runs a demo, killing it at random moments, at most `most` times; counts the moments."""
+    """Runs a demo, killing it at random moments, at most `most` times; counts the moments: one in
+    three anywhere in the time that a run takes, the others once some more steps are logged."""
     moments = collections.Counter()
     while moments.total() < most:
         process = start(script, out)
+        if rng.random() < 1 / 3:
+            wait, steps = rng.uniform(0.1, 1.0) * seconds, 0
+        else:
+            wait, steps = rng.uniform(0.0, 0.1), logged(out) + rng.randint(1, 30)
+        while process.poll() is None and logged(out) < steps:
+            time.sleep(0.002)
         try:
-            _, error = process.communicate(timeout=rng.uniform(0.1, 1.0) * seconds)
+            _, error = process.communicate(timeout=wait)
             assert process.returncode == 0, error
             return moments
         except subprocess.TimeoutExpired:
@@ -140,8 +152,7 @@ def kill_table(scripts: list, kills: int, seed: int, folder: Path) -> bool:
 
 def until(process: subprocess.Popen, out: Path, steps: int) -> None:
     """Waits until `steps` steps are logged."""
-    path = out / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") <= steps:
+    while logged(out) <= steps:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
 
