@@ -302,7 +302,7 @@ def changed_checkpoint(state, rng):
     values = [None, -1, 2 ** 60, "text", [], {}, torch.ones(2, 3), ...]
     if torch.is_tensor(state) and state.numel():
         values += [state[None], state.flatten()[:1], state.to(torch.complex64),
-                   torch.full_like(state, 99) if state.dtype == torch.long else state * float("nan")]
+                   torch.full_like(state, float("nan") if state.is_floating_point() else 99)]
     return rng.choice(values)
 
 
