@@ -99,13 +99,13 @@ def moment(out: Path) -> str:
 
 
 def killed_until_it_ends(script: str, out: Path, rng: random.Random, seconds: float,
-                         most: int) -> collections.Counter:
-    """Runs a demo, killing it at random moments, at most `most` times; counts the moments: one in
-    three anywhere in the time that a run takes, the others once some more steps are logged."""
+                         most: int, anywhere: float = 1 / 3) -> collections.Counter:
+    """Runs a demo, killing it at random moments, at most `most` times; counts the moments: the
+    share `anywhere` at any time of a run, the others once some more steps are logged."""
     moments = collections.Counter()
     while moments.total() < most:
         process = start(script, out)
-        if rng.random() < 1 / 3:
+        if rng.random() < anywhere:
             wait, steps = rng.uniform(0.1, 1.0) * seconds, 0
         else:
             wait, steps = rng.uniform(0.0, 0.1), logged(out) + rng.randint(1, 30)
