@@ -28,7 +28,7 @@ time.sleep(100)"""
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_resume, "OPTIONS", (
         "--data", data, "--image-size", "16", "--method", "structlora", "--pretrain-steps", "6",
-        "--steps", "200", "--save-every", "3", "--batch-size", "8", "--device", "cpu"))
+        "--steps", "100", "--save-every", "3", "--batch-size", "8", "--device", "cpu"))
     status, error = bench_resume.finish("vit", tmp_path / "whole")
     assert status == 0, error
     moments = bench_resume.killed_until_it_ends("vit", tmp_path / "killed", random.Random(1), 0, 2,
