@@ -197,9 +197,9 @@ def full_disk(script, out, whole) -> str:
 
 
 def full_tmpfs(script, out, whole) -> str:
-    """A file system of 1 MiB; needs the right to mount one."""
+    """A file system of 4 MiB; needs the right to mount one."""
     out.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(out)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(out)]
     if subprocess.run(mount, capture_output=True).returncode:
         return "skipped: no right to mount a file system"
     try:
@@ -240,7 +240,9 @@ def read_only(script, out, whole) -> str:
 def two_at_once(script, out, whole) -> str:
     first = start(script, out)
     until(first, out, 5)
+    first.send_signal(signal.SIGSTOP)            # it would end before the second has loaded
     said = one_line(*finish(script, out), 2, "another run is writing", str(out))
+    first.send_signal(signal.SIGCONT)
     error = first.communicate()[1]
     assert first.returncode == 0 and same(whole, left_by(out)), error
     return f"the second refused: {said}; the first ended as if alone"
