@@ -63,6 +63,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -108,7 +109,8 @@ class Config:
             "alpha": (0 < self.alpha < math.inf, "must be positive"),
             "dropout": (0 <= self.dropout < 1, "must be in [0, 1)"),
             "beta": (0 <= self.beta < math.inf, "must not be negative"),
-            "targets": (self.targets and all(self.targets), "must name at least one layer"),
+            "targets": (self.targets and all(isinstance(t, str) and t for t in self.targets),
+                        "must name at least one layer"),
             "budget": (self.budget is None or 0 < self.budget < math.inf and self.gate != "none",
                        "must be positive, and needs a gate to rank the directions")}
         for field, (good, rule) in rules.items():
@@ -655,10 +657,15 @@ class StructLoRA:
                                          for mine in [graph.state_dict()] for key, value in
                                          (saved | dict.fromkeys(mine.keys() - saved)).items())]
             for mine, value in pairs:            # all before any is copied
-                if mine.shape != value.shape:
-                    raise ValueError(f"a tensor is {list(value.shape)}, here {list(mine.shape)}")
+                if mine.shape != value.shape or not torch.can_cast(value.dtype, mine.dtype):
+                    raise ValueError(f"a tensor is {value.dtype} {list(value.shape)}, here "
+                                     f"{mine.dtype} {list(mine.shape)}")
+                if not value.isfinite().all():
+                    raise ValueError("NaN or infinite entries")
+                if mine.dtype == torch.long and ((value < 0) | (value >= len(mine))).any():
+                    raise ValueError(f"an edge leads to none of the {len(mine)} layers")
             penalty_calls = int(state["penalty_calls"])
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{source}: does not fit the model: {one_line(error)}") from None
         for mine, value in pairs:
             mine.copy_(value)
@@ -680,7 +687,7 @@ class StructLoRA:
             raise InputError(f"{path}: not a file of StructLoRA.save")
         try:
             adapters = attach(model, Config(**state["config"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: does not fit the model: {one_line(error)}") from None
         try:
             adapters.load_state(state, str(path))
@@ -850,7 +857,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except RuntimeError as error:            # torch.save reports a full disk this way
-        raise OSError(f"{path}: could not be written: {one_line(error)}") from None
+        raise OSError(f"{path}: not written; is the disk full? ({one_line(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -872,7 +879,9 @@ def read_torch(path: str | Path) -> Any:
         raise InputError(f"{path}: a safetensors file; save its tensors with torch.save first")
     try:
         mapped = {"mmap": True} if head[:4] == b"PK\x03\x04" else {}
-        return torch.load(path, map_location="cpu", weights_only=True, **mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # about the pickle's age: not the user's business
+            return torch.load(path, map_location="cpu", weights_only=True, **mapped)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error):
             raise InputError(f"{path}: holds more than tensors and was refused; nothing in it was "
@@ -910,19 +919,21 @@ def check_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
 
 class Task(NamedTuple):
     """What a script hands to train()."""
-    batch: Callable[[int], Any]                    # micro-batch number -> batch on the device
+    batch: Callable[[int], Any]                    # micro-batch number -> batch on the device, or
+                                                   # this rank's share of it (see divided)
     loss: Callable[[nn.Module, Any], torch.Tensor]           # mean task loss of a batch, a scalar
     evaluate: Callable[[nn.Module], dict]          # scores on the test set; "loss" among them
     num_examples: int                              # N of Eq. 4
     score: str = "accuracy"                        # which of the scores the table shows
+    size: Callable[[Any], int] = lambda batch: 1   # how many labels the loss is the mean of
 
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message):
-        """Prints `message` without the usage text; status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Raises `message`, without the usage text, for run() to print."""
+        raise InputError(message)
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -1001,6 +1012,7 @@ def check_options(args: argparse.Namespace) -> None:
         make_config(args, method).check()
     if args.resume and not Path(args.out).is_dir():
         raise InputError(f"--resume: there is no run in {args.out}")
+    join_processes(args)
 
 
 def make_config(args: argparse.Namespace, method: str, rank: int | None = None) -> Config:
@@ -1059,11 +1071,12 @@ def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
 
 
 def pretrain(model: nn.Module, task: Task, args: argparse.Namespace, steps: int, lr: float) -> None:
-    """Trains all of a small model for the demos; one line at the end says how it went."""
+    """Trains all of a small model for the demos; one line at the end says how it went. Of several
+    processes each does the whole of it, to the same weights."""
     from tqdm import tqdm
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
     model.train()
-    for step in tqdm(range(steps), "pretraining", disable=None, leave=False):
+    for step in tqdm(range(steps), "pretraining", disable=rank() > 0 or None, leave=False):
         optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps)
         with autocast(args):
             loss = task.loss(model, task.batch(step))
@@ -1091,11 +1104,20 @@ TRANSIENT = ("resume", "save_every", "eval_only", "out", "device", "merge")
 
 
 def open_run(out: str | Path, args: argparse.Namespace) -> None:
-    """Makes the folder and writes config.json, or checks that --resume continues the same run.
-    Raises InputError rather than overwrite a run that has not written its summary.json."""
-    path, options = Path(out) / "config.json", dict(sorted(vars(args).items()))
-    if args.eval_only:
-        return
+    """Makes the folder, locks it and writes config.json, or checks that --resume continues the
+    same run. Raises InputError rather than overwrite a run that has not written its summary.json,
+    or if another process is writing here. Nothing is done for --eval-only."""
+    if not args.eval_only:
+        on_rank_zero(_open_run, Path(out), args)
+
+
+def _open_run(out: Path, args: argparse.Namespace) -> None:
+    path, summary = out / "config.json", out / "summary.json"
+    options = dict(sorted((vars(args) | {"processes": processes()}).items()))
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    for left in out.glob("**/*.tmp[0-9]*"):      # by a process that was killed while it wrote
+        left.unlink()
     if args.resume and path.exists():
         before = read_json(path)
         changed = [key for key in options | before if key not in TRANSIENT
@@ -1104,45 +1126,84 @@ def open_run(out: str | Path, args: argparse.Namespace) -> None:
             raise InputError(f"{path}: the run had {changed[0]}={before.get(changed[0])!r}, "
                              f"--resume asks for {options.get(changed[0])!r}")
         return
-    summary = Path(out) / "summary.json"
-    if not summary.exists() and any(Path(out).glob("**/adapter.pt")) and not args.resume:
+    if not summary.exists() and any(out.glob("**/adapter.pt")) and not args.resume:
         raise InputError(f"{out} holds an unfinished run: continue it with --resume, remove it, or "
                          "name another --out")
-    Path(out).mkdir(parents=True, exist_ok=True)
     summary.unlink(missing_ok=True)
     write_json(path, options)
 
 
+def lock(folder: Path) -> None:
+    """Raises InputError if another process has locked `folder`. The kernel takes the lock from a
+    process when it ends, however it ends, so a kill -9 leaves nothing to clean up."""
+    try:
+        import fcntl
+    except ImportError:                          # Windows has no such locks
+        return
+    held = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)      # closing it would end the lock
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{folder}: another run is writing here; wait for its end, or name "
+                         "another --out") from None
+
+
 def save_checkpoint(path: Path, adapters: StructLoRA, optimizer, extra: dict) -> None:
-    """adapter.pt: what StructLoRA.save writes, plus what resuming exactly needs."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = adapters.state() | extra | {"optimizer": optimizer.state_dict(),
-                                        "random": torch.get_rng_state(), "random_cuda": cuda}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    """adapter.pt: what StructLoRA.save writes, plus what resuming exactly needs: the optimizer's
+    state and the random state of every rank. Rank 0 writes, the others wait for it."""
+    device = next(adapters.model.parameters()).device
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    random = gather((torch.get_rng_state(), cuda))
+    state = adapters.state() | extra | {"optimizer": optimizer.state_dict()["state"],
+                                        "random": random}
+    on_rank_zero(write_atomically, path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path, adapters: StructLoRA, optimizer) -> dict:
-    """Puts save_checkpoint's state back; returns the file. Raises InputError."""
+def load_checkpoint(path: Path, adapters: StructLoRA, optimizer, extra: dict) -> dict:
+    """Puts save_checkpoint's state back; returns the file's values of `extra`. Raises InputError
+    that names the file, and what does not fit."""
     state = read_torch(path)
     if not isinstance(state, dict) or "optimizer" not in state:
         raise InputError(f"{path}: not the checkpoint of a run")
+    mine = dataclasses.asdict(adapters.config)
+    for field, value in (state["config"] if isinstance(state.get("config"), dict) else {}).items():
+        if repr(mine.get(field, value)) != repr(value):
+            raise InputError(f"{path}: is of a run with {field}={one_line(repr(value))}, this one "
+                             f"has {mine[field]!r}")
     adapters.load_state(state, str(path))
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and state["random_cuda"]:
-        torch.cuda.set_rng_state_all(state["random_cuda"])
-    return state
+    groups = optimizer.state_dict()["param_groups"]
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        for number, values in state["optimizer"].items():
+            values = {name: values[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+            check_finite(path, values)
+            if any(v.shape not in (trainable[number].shape, ()) or not v.is_floating_point()
+                   for v in values.values()):
+                raise ValueError(f"the optimizer's state of tensor {number} is of another kind")
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        cpu, cuda = state["random"][rank()]
+        torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda, trainable[0].device)
+        return {key: type(value)(state[key]) if value is not None else state[key]
+                for key, value in extra.items()}
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
 def stop_requests():
     """Yields a list that Ctrl-C or SIGTERM fills, so that the step under way is finished and the
-    state saved is one that an uninterrupted run also had. A second Ctrl-C stops at once."""
+    state saved is one that an uninterrupted run also had. Another one, a second or more later,
+    stops at once; not sooner, as torchrun repeats what the terminal has sent already."""
     asked, before = [], {}
 
     def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, before[number])
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > 1:
+            raise KeyboardInterrupt("stopped at once; --resume goes on from the last save")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, ask)
@@ -1154,14 +1215,17 @@ def stop_requests():
 
 
 def open_metrics(path: Path, start: int) -> Callable:
-    """Returns write(**values), which appends a line to metrics.jsonl. Lines past the step that a
-    run resumes from are dropped first, and so is one that a kill cut short."""
+    """Returns write(**values), which appends a line to metrics.jsonl, on rank 0. Lines past the
+    step that a run resumes from are dropped first, and so is one that a kill cut short."""
+    if rank():
+        return lambda **values: None
     def step(line: str) -> float:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             entry = json.loads(line)
             return math.inf if "final" in entry else entry["step"]
         return math.inf
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if start and path.exists() else []
     kept = "".join(line for line in lines if step(line) <= start)
     write_atomically(path, lambda temporary: temporary.write_text(kept))
@@ -1172,26 +1236,34 @@ def open_metrics(path: Path, start: int) -> Callable:
     return write
 
 
-def training_step(model, adapters, task: Task, args, optimizer, step: int) -> tuple[float, float]:
-    """One optimizer step over args.accumulate micro-batches -> (task loss, gradient norm)."""
+def training_step(model, adapters, task: Task, args, optimizer, step: int,
+                  asked: list = ()) -> tuple[float, float, bool]:
+    """One optimizer step over args.accumulate micro-batches -> (task loss, gradient norm, whether
+    to stop: some rank was `asked` to). The loss is the mean over the labels of all of them."""
     for group in optimizer.param_groups:
         peak = group.setdefault("peak", group["lr"])
         group["lr"] = peak * learning_rate(step, args.steps)
     optimizer.zero_grad()
+    first = step * args.accumulate
+    batches = [task.batch(number) for number in range(first, first + args.accumulate)]
+    sizes = [task.size(batch) for batch in batches]
+    if not sum(sizes):
+        raise InputError(f"step {step + 1}: nothing in the batch has a label to learn from")
     total = 0.0
-    for micro in range(args.accumulate):
+    for batch, weight in ((b, size / sum(sizes)) for b, size in zip(batches, sizes) if size):
         with autocast(args):
-            loss = task.loss(model, task.batch(step * args.accumulate + micro))
-        total += loss.item() / args.accumulate
-        ((loss + adapters.penalty(task.num_examples)) / args.accumulate).backward()      # Eq. 4
+            loss = task.loss(model, batch)
+        total += weight * loss.item()
+        (weight * (loss + adapters.penalty(task.num_examples))).backward()       # Eq. 4
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    total, stop = average(trainable, adapters, total, sum(sizes), bool(asked))
     norm = float(nn.utils.clip_grad_norm_(trainable, 1.0))
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {total:.4g}, gradient norm {norm:.4g} at step {step + 1}")
     adapters.observe_gradients()
     optimizer.step()
     adapters.prune((step + 1) / args.steps)
-    return total, norm
+    return total, norm, stop
 
 
 def train(model: nn.Module, adapters: StructLoRA, task: Task, args: argparse.Namespace,
@@ -1204,13 +1276,11 @@ def train(model: nn.Module, adapters: StructLoRA, task: Task, args: argparse.Nam
     raise KeyboardInterrupt. With args.resume it goes on from adapter.pt, to the same numbers.
     """
     out, path = Path(out), Path(out) / "adapter.pt"
-    out.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(adapters.param_groups(args.lr, args.gate_lr, args.weight_decay),
                                   betas=(0.9, 0.999))
     extra = {"step": 0, "ms_per_step": 0.0, "before": None}
     if args.resume and path.exists():
-        state = load_checkpoint(path, adapters, optimizer)
-        extra = {key: state[key] for key in extra}
+        extra = load_checkpoint(path, adapters, optimizer, extra)
     write, times, start = open_metrics(out / "metrics.jsonl", extra["step"]), [], extra["step"]
     if extra["before"] is None:
         extra["before"] = evaluate(model, task, args)
@@ -1221,10 +1291,11 @@ def train(model: nn.Module, adapters: StructLoRA, task: Task, args: argparse.Nam
     from tqdm import tqdm
     with stop_requests() as asked:
         for step in tqdm(range(start, args.steps), name, initial=start, total=args.steps,
-                         disable=None, leave=False):
+                         disable=rank() > 0 or None, leave=False):
             began = time.perf_counter()
             try:
-                loss, norm = training_step(model, adapters, task, args, optimizer, step)
+                loss, norm, stop = training_step(model, adapters, task, args, optimizer, step,
+                                                 asked)
             except FloatingPointError as error:
                 save()
                 raise InputError(f"{name}: {error}; lower --lr. The state before it is in {path}, "
@@ -1233,15 +1304,15 @@ def train(model: nn.Module, adapters: StructLoRA, task: Task, args: argparse.Nam
             extra |= {"step": step + 1, "ms_per_step": statistics.median(times[-500:])}
             write(step=step + 1, loss=loss, gradient_norm=norm,
                   lr=optimizer.param_groups[0]["lr"])
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or asked:
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stop:
                 save()
-            if asked:
+            if stop:
                 raise KeyboardInterrupt(f"{name}: stopped after step {step + 1} of {args.steps}, "
                                         f"saved in {path}; add --resume to go on")
     after = evaluate(model, task, args)
     row = summary_row(name, adapters, task, extra, after, args)
     write(step=args.steps, final=True, **after)
-    adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
+    on_rank_zero(adapters.export_peft, out / "adapter_peft", base=args.checkpoint)
     return row
 
 
@@ -1282,10 +1353,12 @@ def fine_tune(args: argparse.Namespace, config: Config, name: str, out: Path,
     adapters = attach(model, config)
     for part in also_train:
         model.get_submodule(part).float().requires_grad_(True)
-    torch.manual_seed(args.seed + 1)         # every method starts with the same augmentations
+    # Every method starts with the same augmentations; every rank has noise of its own.
+    torch.manual_seed(args.seed + 1 + 1_000_003 * rank())
     row = train(model, adapters, task, args, out, name)
     if args.merge:
-        save(StructLoRA.load(load(), out / "adapter.pt").merge(), out / "merged.pt")
+        on_rank_zero(lambda: save(StructLoRA.load(load(), out / "adapter.pt").merge(),
+                                  out / "merged.pt"))
     return row
 
 
@@ -1317,7 +1390,7 @@ def compare(args: argparse.Namespace, load: Callable[[], nn.Module], task: Task,
                                out / "lora_matched"))
     print_table(rows)
     if not args.eval_only:
-        write_json(out / "summary.json", rows)
+        on_rank_zero(write_json, out / "summary.json", rows)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -1352,8 +1425,10 @@ def peak_memory(device: str) -> int:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C status 130."""
-    name = Path(sys.argv[0]).name
+    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C and SIGTERM
+    status 130. What goes wrong on all ranks alike is said by rank 0 alone."""
+    name, others = Path(sys.argv[0]).name, os.environ.get("RANK", "0") != "0"
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         return 0
@@ -1363,7 +1438,101 @@ def run(main: Callable[[], None]) -> int:
     except (InputError, OSError) as error:
         message = error
     except KeyboardInterrupt as error:
-        print(f"\n{name}: {one_line(error) or 'interrupted'}", file=sys.stderr)
+        if not others:
+            print(f"\n{name}: {one_line(error) or 'interrupted'}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if others and not isinstance(message, ConnectionError):
+        time.sleep(2)                        # in which torchrun ends it, if rank 0 has failed too
     print(f"{name}: error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+# --- several processes: torchrun --nproc-per-node=N train_X.py ... Every rank holds the whole model
+# and takes every N-th example of a batch N times as large; only what is trained is exchanged.
+
+
+def rank() -> int:
+    """Number of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(args: argparse.Namespace) -> None:
+    """Joins the processes that torchrun started, and a GPU of its own; only rank 0 prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def contact():
+    """Around what needs all ranks: ConnectionError, one line, if one of them has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"rank {rank()} of {processes()} stops, as another one has ended; "
+                              f"--resume goes on from the last save ({one_line(error)})") from None
+
+
+def gather(value: Any) -> list:
+    """`value` of every rank, in their order, on every rank; also a point where all meet."""
+    values = [value] * processes()
+    if len(values) > 1:
+        with contact():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_zero(function: Callable, *arguments, **options) -> None:
+    """Rank 0 calls it while the others wait; an error of user or disk is everybody's."""
+    error = None
+    try:
+        if rank() == 0:
+            function(*arguments, **options)
+    except (InputError, OSError) as caught:
+        error = caught
+    if error := gather(error)[0]:
+        raise error
+
+
+def global_batch(args: argparse.Namespace) -> tuple[int, slice]:
+    """(examples in a batch of all ranks together, which of them are this rank's)."""
+    return args.batch_size * processes(), slice(rank(), None, processes())
+
+
+def divided(function: Callable, batches: list) -> list:
+    """[function(batch) for batch in batches], the batches dealt out to the ranks in turn."""
+    parts = gather([function(batch) for batch in batches[rank()::processes()]])
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(batches))]
+
+
+def average(tensors: list, adapters: StructLoRA, loss: float, size: int, stop: bool) -> tuple:
+    """Means over the ranks, weighted by how many labels each had, of the gradients of `tensors` and
+    of the sketches that the coordinator watches (in place) and of `loss`, by one all-reduce of one
+    flat tensor; with it goes whether any rank is to `stop`. Returns (loss, stop)."""
+    if not dist.is_initialized():
+        return loss, stop
+    for tensor in tensors:                   # the projector has none on a rank without a picture
+        tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    parts = [t.grad for t in tensors] + [g.gradient_sum for g in adapters.graphs if g.watches]
+    parts.append(parts[0].new_tensor([loss, stop, 1.0]))
+    flat = size * torch.cat([part.flatten() for part in parts])
+    with contact():
+        dist.all_reduce(flat)                # the last entry is now the number of all labels
+    for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+        part.copy_(total.view_as(part) / flat[-1])
+    return float(parts[-1][0]), bool(parts[-1][1] > 0)

@@ -848,7 +848,7 @@ def read_examples(path: Path) -> list[Example]:
         records |= {where: value} if path.suffix == ".jsonl" or not isinstance(value, list) else {
             f"{where}: record {n}": each for n, each in enumerate(value, 1)}
     apart = path.with_name(f"{path.stem}-labels.lst")            # where PIQA keeps its answers
-    labels = apart.read_text().split() if apart.is_file() else [None] * len(records)
+    labels = apart.read_text(errors="replace").split() if apart.is_file() else [None] * len(records)
     if len(labels) != len(records):
         raise InputError(f"{apart}: {len(labels)} labels for {len(records)} records")
     return [parse(record, where, label) for (where, record), label in zip(records.items(), labels)]
@@ -943,14 +943,14 @@ def score(model: nn.Module, rows: list[Row], args) -> torch.Tensor:
     """Negative log-likelihood [rows] of the answer of each row, in nats; long rows go first, so
     that what does not fit in memory shows at once."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
-    total = torch.empty(len(rows))
-    for at in range(0, len(order), 2 * args.batch_size):
-        indices = order[at:at + 2 * args.batch_size]
+    parts = [order[at:at + 2 * args.batch_size] for at in range(0, len(order), 2 * args.batch_size)]
+
+    def nll(indices):
         batch = collate([rows[i] for i in indices], args.device)
         counts = [len(rows[i].tokens) - rows[i].start for i in indices]
-        total[indices] = torch.stack([part.sum() for part in
-                                      answer_losses(model, batch).split(counts)]).cpu()
-    return total
+        return torch.stack([part.sum() for part in answer_losses(model, batch).split(counts)]).cpu()
+
+    return torch.cat(structlora.divided(nll, parts))[torch.tensor(order).argsort()]
 
 
 def evaluate_rows(model: nn.Module, test: list[Example], rows: list[list[Row]], args) -> dict:
@@ -967,6 +967,8 @@ def evaluate_rows(model: nn.Module, test: list[Example], rows: list[list[Row]], 
             losses, mine = losses[example.answer], mine[example.answer:][:1]
         loss += float(losses.sum())
         tokens += sum(len(row.tokens) - row.start for row in mine)
+    if not tokens:
+        raise InputError("no test example has an answer to score")
     result = {"loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 50))}
     return {"accuracy": sum(right) / len(right)} | result if right else result
 
@@ -1021,16 +1023,20 @@ def print_samples(model: Llama, tokenizer: Any, test: list[Example], args) -> No
 
 
 def make_task(train: list[Example], test: list[Example], tokenizer: Any, args,
-              batch_size: int) -> Task:
-    """Cross entropy of the answer tokens; accuracy among the choices if there are any, and loss."""
+              batch_size: int, share: slice = slice(None)) -> Task:
+    """Cross entropy of the answer tokens of a batch, or of this rank's share of it; accuracy among
+    the choices if there are any, and loss. Raises InputError if there is no answer at all."""
     encode = lambda e, choice, eos: encode_rows(tokenizer, e.prompt, choice, args.max_length, eos)
     rows = [row for e in train for row in encode(e, e.choices[e.answer], True)]
+    rows = [row for row in rows if row.start < len(row.tokens)]  # an answer, if only its end
     # An answer is scored without the end of text, unless it is nothing else.
     scored = [[row for choice in e.choices for row in encode(e, choice, not choice)] for e in test]
+    if not rows:
+        raise InputError("no training example has an answer to learn")
     seen = {"tokens": 0, "since": 0.0, "samples": False}
 
     def batch(number):
-        chosen = rows_of_batch(rows, batch_size, number, args.seed)
+        chosen = rows_of_batch(rows, batch_size, number, args.seed)[share]
         seen["since"] = seen["since"] or time.perf_counter()
         seen["tokens"] += sum(len(row.tokens) for row in chosen)
         return collate(chosen, args.device)
@@ -1046,7 +1052,8 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, args,
 
     return Task(batch, lambda model, batch: answer_losses(model, batch).mean(), evaluate,
                 num_examples=sum(len(row.tokens) - row.start for row in rows),
-                score="accuracy" if any(e.choices[1:] for e in test) else "perplexity")
+                score="accuracy" if any(e.choices[1:] for e in test) else "perplexity",
+                size=lambda batch: int(batch[1][:, 1:].sum()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1115,7 +1122,7 @@ def pretrained(source: list[Example], held: list[Example], tokenizer: Any, args)
     model = Llama(config).initialise().to(args.device)
     task = make_task(source, held, tokenizer, args, batch_size=16)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=4e-3)
-    save_meta(model, folder, recipe=recipe)
+    structlora.on_rank_zero(save_meta, model, folder, recipe=recipe)
     return folder
 
 
@@ -1163,7 +1170,7 @@ def main() -> None:
         train, test = write_examples(8000, seed + 2, True), write_examples(500, seed + 3, True)
     shots = args.shots or (None if args.data or args.fraction else 128)          # the demo's few
     train = choose(train, shots, args.fraction, args.seed)
-    task = make_task(train, test, tokenizer, args, args.batch_size)
+    task = make_task(train, test, tokenizer, args, *structlora.global_batch(args))
     if not folder:
         structlora.open_run(args.out, args)
         folder = pretrained(source, held, tokenizer, args)

@@ -25,6 +25,7 @@ import functools
 import json
 import math
 import re
+import tokenize
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -487,7 +488,7 @@ def read_picture(path: Path) -> torch.Tensor:
     """uint8 pixels [3, H, W] of a file. Raises InputError that names it."""
     try:
         if path.suffix.lower() == ".npy":
-            pixels = np.load(path, mmap_mode="r", allow_pickle=False)    # checks the size claimed
+            pixels = np.lib.format.open_memmap(path, "r")    # not larger than the file; no objects
         elif path.suffix.lower() == ".ppm":
             pixels = read_ppm(path.read_bytes())
         else:
@@ -497,7 +498,8 @@ def read_picture(path: Path) -> torch.Tensor:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"{pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError,
+            tokenize.TokenError) as error:       # the last of a damaged header of a .npy
         raise InputError(f"{path}: not a readable picture ({structlora.one_line(error)})") from None
 
 
@@ -584,9 +586,9 @@ def answer(model: Llava, tokenizer: Any, examples: list[Example], args) -> list[
     """What the model says to the first question of each example, greedily."""
     rows = [encode(tokenizer, e, args.max_length, answered=False) for e in examples]
     order = sorted(range(len(rows)), key=lambda i: (rows[i].image is None, len(rows[i].tokens)))
-    texts = [""] * len(rows)
-    for at in range(0, len(order), 2 * args.batch_size):
-        indices = order[at:at + 2 * args.batch_size]
+    parts = [order[at:at + 2 * args.batch_size] for at in range(0, len(order), 2 * args.batch_size)]
+
+    def say(indices):
         T = max(len(rows[i].tokens) for i in indices)
         padded = [[-1] * (T - len(rows[i].tokens)) + rows[i].tokens for i in indices]
         tokens = torch.tensor(padded, device=args.device)                        # [N, T]
@@ -596,9 +598,10 @@ def answer(model: Llava, tokenizer: Any, examples: list[Example], args) -> list[
         N, S, _ = embeddings.shape
         out = llama.generate(model, tokens.new_zeros(N, S), args.max_new_tokens, real=real,
                              eos_id=tokenizer.eos_id, embeddings=embeddings)
-        for i, ids in zip(indices, out[:, S:].tolist()):
-            texts[i] = tokenizer.decode(ids).strip()             # </s> leaves no text
-    return texts
+        return [tokenizer.decode(ids).strip() for ids in out[:, S:].tolist()]    # </s>: no text
+
+    texts = dict(zip(order, sum(structlora.divided(say, parts), [])))
+    return [texts[i] for i in range(len(rows))]
 
 
 NUMBERS = {"none": "0"} | {word: str(n) for n, word in enumerate(
@@ -682,8 +685,9 @@ def plain(text: str) -> str:
 
 
 def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: tuple, args,
-              batch_size: int) -> Task:
-    """Cross entropy of the answers' tokens; VQA accuracy of questions and CIDEr of captions."""
+              batch_size: int, share: slice = slice(None)) -> Task:
+    """Cross entropy of the answers' tokens of a batch, or of this rank's share of it; VQA accuracy
+    of questions and CIDEr of captions."""
     rows, scored = ([row for e in part if (row := encode(tokenizer, e, args.max_length)).start
                      < len(row.tokens)] for part in (train, test))
     scored.sort(key=lambda row: -len(row.tokens))
@@ -694,7 +698,7 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: t
 
     def batch(number):
         seen["trained"] = True
-        chosen = llama.rows_of_batch(rows, batch_size, number, args.seed)
+        chosen = llama.rows_of_batch(rows, batch_size, number, args.seed)[share]
         return collate(chosen, view, args.device)
 
     def loss(model, batch):
@@ -711,8 +715,10 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: t
             print(f"{example.name}: {question!r} -> {text!r} (right: {example.references[0]!r})",
                   flush=True)
         seen.update(trained=False, frozen=True)          # a frozen model's are printed once only
-        losses = [loss(model, collate(scored[i:i + 2 * batch_size], view, args.device))
-                  for i in range(0, len(scored), 2 * batch_size)]
+        size = 2 * args.batch_size
+        losses = structlora.divided(
+            lambda rows: loss(model, collate(rows, view, args.device)).cpu(),
+            [scored[i:i + size] for i in range(0, len(scored), size)])
         scores = {"loss": float(torch.cat(losses).mean())}
         if told:
             scores["cider"] = cider([plain(t) for _, t in told],
@@ -723,7 +729,8 @@ def make_task(train: list[Example], test: list[Example], tokenizer: Any, view: t
 
     return Task(batch, lambda model, batch: loss(model, batch).mean(), evaluate,
                 num_examples=sum(len(row.tokens) - row.start for row in rows),
-                score="accuracy" if any(e.kind == "question" for e in test) else "cider")
+                score="accuracy" if any(e.kind == "question" for e in test) else "cider",
+                size=lambda batch: int(batch[2][:, 1:].sum()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -868,7 +875,7 @@ def pretrained(source: tuple, tokenizer: Words, args) -> Path:
     train = [e._replace(turns=[(None, e.turns[0][1])]) for e in train] + train[::6]
     task = make_task(train, test, tokenizer, model.view, args, batch_size=32)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=4e-3)
-    save_llava(model, folder, recipe=recipe)
+    structlora.on_rank_zero(save_llava, model, folder, recipe=recipe)
     return folder
 
 
@@ -952,7 +959,7 @@ def main() -> None:
         structlora.open_run(out, args)
         if not cifar:
             if not args.eval_only:
-                write_scenes(out / "demo", args.seed)
+                structlora.on_rank_zero(write_scenes, out / "demo", args.seed)
             source, (train, test) = (read_data(out / "demo" / part, out / "demo/scenes", args.seed)
                                      for part in ("pretrain", "adapt"))
         tokenizer = Words([SYSTEM + "USER ASSISTANT:", *(text for e in source[0] + train
@@ -973,7 +980,7 @@ def main() -> None:
     for example in (test + train)[:REMEMBERED]:              # a bad picture too, if they are few
         if isinstance(example.image, Path):
             fitted(example.image, view[0].image_size, view[1])
-    task = make_task(train, test, tokenizer, view, args, args.batch_size)
+    task = make_task(train, test, tokenizer, view, args, *structlora.global_batch(args))
     if args.checkpoint:
         structlora.open_run(out, args)
     structlora.compare(args, load, task, save_merged, LEARNING_RATES,

@@ -20,6 +20,7 @@ Order of this file: model, checkpoints, data, demo, main.
 import functools
 import json
 import math
+import tokenize
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -352,7 +353,8 @@ def read_npz(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError,
-            zipfile.zlib.error, SyntaxError, TypeError, AttributeError, MemoryError) as error:
+            zipfile.zlib.error, SyntaxError, tokenize.TokenError, TypeError, AttributeError,
+            MemoryError) as error:
         raise InputError(f"{path}: truncated, or not an .npz of plain arrays "
                          f"({type(error).__name__}); fetch it again") from None
 
@@ -538,22 +540,28 @@ def prepare(x: torch.Tensor, config: ViTConfig, train: bool = False) -> torch.Te
     return (x - mean) / std
 
 
-def make_task(train: Images, test: Images, config: ViTConfig, args, batch_size: int) -> Task:
-    """Cross entropy on augmented batches; accuracy and loss on the whole test set."""
-    train_x, train_y, test_x, test_y = (
-        t.to(args.device) for t in (train.pixels, train.labels, test.pixels, test.labels))
+def make_task(train: Images, test: Images, config: ViTConfig, args, batch_size: int,
+              share: slice = slice(None)) -> Task:
+    """Cross entropy on augmented batches, or on this rank's share of each; accuracy and loss on the
+    whole test set."""
+    if not len(test):
+        raise InputError(f"--data {args.data}: no test image is left to score")
+    train_x, train_y, test_x = (
+        t.to(args.device) for t in (train.pixels, train.labels, test.pixels))
 
     def batch(number):
-        i = structlora.batch_indices(len(train_y), batch_size, number, args.seed).to(args.device)
+        i = structlora.batch_indices(len(train_y), batch_size, number, args.seed)[share]
+        i = i.to(args.device)
         return prepare(train_x[i], config, train=True), train_y[i]
 
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]).float(), batch[1])
 
     def evaluate(model):
-        logits = torch.cat([model(prepare(x, config)).float() for x in test_x.split(256)])
-        return {"accuracy": (logits.argmax(1) == test_y).float().mean().item(),
-                "loss": F.cross_entropy(logits, test_y).item()}
+        logits = torch.cat(structlora.divided(
+            lambda x: model(prepare(x, config)).float().cpu(), test_x.split(256)))
+        return {"accuracy": (logits.argmax(1) == test.labels).float().mean().item(),
+                "loss": F.cross_entropy(logits, test.labels).item()}
 
     return Task(batch, loss, evaluate, num_examples=len(train_y))
 
@@ -614,7 +622,7 @@ def pretrained(train: Images, test: Images, args) -> Path:
     model = small_vit(size, 1 + int(train.labels.max())).to(args.device)
     task = make_task(train.decoded(size), test.decoded(size), model.config, args, batch_size=64)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=2e-3)
-    save_vit(model, path, recipe=recipe)
+    structlora.on_rank_zero(save_vit, model, path, recipe=recipe)
     return path
 
 
@@ -687,7 +695,7 @@ def main() -> None:
     model = load()
     train, test = (data.decoded(model.config.image_size) for data in (train, test))
     train, test = (Images(shift(data.pixels), data.labels) for data in (train, test))
-    task = make_task(train, test, model.config, args, args.batch_size)
+    task = make_task(train, test, model.config, args, *structlora.global_batch(args))
     head_too = ("head",) if args.tune_head or not model.head.weight.any() else ()
     structlora.compare(args, load, task, save_vit, LEARNING_RATES, head_too)
 
