@@ -182,7 +182,6 @@ class Runner:
     """A method on its own twin of the backbone."""
 
     def __init__(self, make: Callable, model, loss: Callable):
-        frozen = sum(p.numel() for p in model.parameters())
         self.model, self.loss, self.device = model, loss, next(model.parameters()).device
         self.optimizer, self.penalty, self.after = make(model, adapted_layers(model))
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -332,7 +331,8 @@ def write_checkpoint(folder: Path, layers: int) -> Path:
     for name, shape in shapes.items():
         layer = name.split(".")[2] if ".layers." in name else ""
         key = names[name.replace(f".{layer}.", ".*.", 1) if layer else name]
-        state[key.replace("*", layer)] = torch.empty(shape, dtype=torch.float16).fill_(0.01)
+        value = 0.01 * (1 + len(state))          # no two alike: output and embedding are not tied
+        state[key.replace("*", layer)] = torch.full(shape, value, dtype=torch.float16)
     (folder / "params.json").write_text(json.dumps({
         "dim": 4096, "n_layers": layers, "n_heads": 32, "norm_eps": 1e-5, "multiple_of": 256}))
     torch.save(state, folder / "consolidated.00.pth")
