@@ -283,7 +283,7 @@ class Part(NamedTuple):
 
     def read(self, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
         """The whole weight. Raises InputError that names the file if it has NaN or infinities."""
-        slices = [tensor.to(device, dtype) for tensor in self.tensors]
+        slices = [tensor.to(device).to(dtype) for tensor in self.tensors]    # converted over there
         for path, tensor in zip(self.paths, slices):
             structlora.check_finite(path, {name: tensor})
         whole = torch.cat(slices, self.axis) if len(slices) > 1 else slices[0]
