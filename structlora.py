@@ -1434,7 +1434,10 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
         return 0
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):        # torch's words on a CPU
+            raise
         message = ("out of memory: lower --batch-size and raise --accumulate; for text, lower "
                    f"--max-length or add --gradient-checkpointing ({error})")
     except (InputError, OSError) as error:

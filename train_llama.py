@@ -967,8 +967,6 @@ def evaluate_rows(model: nn.Module, test: list[Example], rows: list[list[Row]], 
             losses, mine = losses[example.answer], mine[example.answer:][:1]
         loss += float(losses.sum())
         tokens += sum(len(row.tokens) - row.start for row in mine)
-    if not tokens:
-        raise InputError("no test example has an answer to score")
     result = {"loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 50))}
     return {"accuracy": sum(right) / len(right)} | result if right else result
 
@@ -1025,14 +1023,13 @@ def print_samples(model: Llama, tokenizer: Any, test: list[Example], args) -> No
 def make_task(train: list[Example], test: list[Example], tokenizer: Any, args,
               batch_size: int, share: slice = slice(None)) -> Task:
     """Cross entropy of the answer tokens of a batch, or of this rank's share of it; accuracy among
-    the choices if there are any, and loss. Raises InputError if there is no answer at all."""
+    the choices if there are any, and loss. Raises InputError if the test set has no answer."""
     encode = lambda e, choice, eos: encode_rows(tokenizer, e.prompt, choice, args.max_length, eos)
     rows = [row for e in train for row in encode(e, e.choices[e.answer], True)]
-    rows = [row for row in rows if row.start < len(row.tokens)]  # an answer, if only its end
     # An answer is scored without the end of text, unless it is nothing else.
     scored = [[row for choice in e.choices for row in encode(e, choice, not choice)] for e in test]
-    if not rows:
-        raise InputError("no training example has an answer to learn")
+    if not any(scored):
+        raise InputError("no test example has an answer to score")
     seen = {"tokens": 0, "since": 0.0, "samples": False}
 
     def batch(number):

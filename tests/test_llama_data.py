@@ -380,9 +380,11 @@ def test_a_broken_line_of_data_ends_the_program_in_one_line(cli, data):
     assert status == 2 and "data.jsonl:41: not JSON" in err and err.count("\n") == 1
 
 
-def test_out_of_memory_says_which_option_to_lower(cli, data, checkpoint, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_which_option_to_lower(error, cli, data, checkpoint, monkeypatch):
     def no_room(*_):
-        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        raise error
     monkeypatch.setattr(train_llama, "answer_losses", no_room)   # LLaVA's too: one handler for all
     status, _, err = cli("--checkpoint", checkpoint, "--data", data, "--out", "out", *QUICK)
     assert status == 2 and err.count("\n") == 1
