@@ -142,10 +142,10 @@ def llama_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
         held = source[::10]
     else:
         write = train_llama.write_examples
-        backbone = options(cell, seed, cache, device, pretrain_steps=600)
+        backbone = options(cell, seed, cache, device, pretrain_steps=600, batch_size=16)
         source, held = write(8000, 10 * seed, False), write(200, 10 * seed + 1, False)
         train, test = write(8000, 10 * seed + 2, True), write(500, 10 * seed + 3, True)
-    args = argparse.Namespace(**vars(backbone) | {"seed": seed, "batch_size": 16})
+    args = argparse.Namespace(**vars(backbone) | {"seed": seed})
     folder = train_llama.pretrained(source, held, tokenizer, backbone)
     train = train_llama.choose(train, cell.labels, None, seed)
     task = train_llama.make_task(train, test, tokenizer, args, args.batch_size)
