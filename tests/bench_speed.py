@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlora import Config, StructLoRA, attach, print_table
+from structlora import Config, StructLoRA, attach, print_table, rename
 from train_llama import META, Llama, LlamaConfig, load_llama
 from train_llava import IMAGE_TOKEN, Llava
 from train_vit import ViT, ViTConfig
@@ -324,15 +324,11 @@ def life_row(name: str, geometry: Geometry, device: str) -> dict:
 
 def write_checkpoint(folder: Path, layers: int) -> Path:
     """consolidated.00.pth of a LLaMA 7B with so many layers, fp16 in Meta's layout -> its path."""
-    config, state = replace(LLAMA_7B, num_layers=layers), {}
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
-    names = {ours: theirs for theirs, (ours, _) in META.items()}
-    for name, shape in shapes.items():
-        layer = name.split(".")[2] if ".layers." in name else ""
-        key = names[name.replace(f".{layer}.", ".*.", 1) if layer else name]
-        value = 0.01 * (1 + len(state))          # no two alike: output and embedding are not tied
-        state[key.replace("*", layer)] = torch.full(shape, value, dtype=torch.float16)
+        parameters = Llama(replace(LLAMA_7B, num_layers=layers)).named_parameters()
+    state = {name: torch.full(p.shape, 0.01 * number, dtype=torch.float16)       # no two alike:
+             for number, (name, p) in enumerate(parameters)}     # output and embedding are not tied
+    state = rename(folder, state, {ours: theirs for theirs, ours in META.items()})
     (folder / "params.json").write_text(json.dumps({
         "dim": 4096, "n_layers": layers, "n_heads": 32, "norm_eps": 1e-5, "multiple_of": 256}))
     torch.save(state, folder / "consolidated.00.pth")
