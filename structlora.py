@@ -858,6 +858,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except RuntimeError as error:            # torch.save reports a full disk this way
         raise OSError(f"{path}: not written; is the disk full? ({one_line(error)})") from None
+    except OSError as error:                 # of a write, which does not name its file
+        raise OSError(f"{path}: not written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1233,8 +1235,11 @@ def open_metrics(path: Path, start: int) -> Callable:
     write_atomically(path, lambda temporary: temporary.write_text(kept))
 
     def write(**values) -> None:
-        with open(path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(f"{path}: not written: {error.strerror or error}") from None
     return write
 
 

@@ -215,7 +215,7 @@ def full_tmpfs(script, out, whole) -> str:
                     pass
             except OSError:
                 pass
-        said = one_line(*finish(script, out), 2, "full")
+        said = one_line(*finish(script, out), 2, str(out), "not written")
         assert (out / "adapter.pt").read_bytes() == before and not list(out.glob("**/*.tmp*"))
         filling.unlink()
         return f"{said}, the last save kept; {resumed(script, out, whole)}"
