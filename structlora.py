@@ -850,16 +850,24 @@ def has_backbone(path: Path, read: Callable, recipe: Any, args: argparse.Namespa
     return False
 
 
+@contextlib.contextmanager
+def writing(path: str | Path):
+    """Around what writes `path`: OSError that names it, which that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: not written: {error.strerror or error}") from None
+    except RuntimeError as error:            # torch.save reports a full disk this way
+        raise OSError(f"{path}: not written; is the disk full? ({one_line(error)})") from None
+
+
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """write(temporary name), then rename: a reader sees the whole file or none of it."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except RuntimeError as error:            # torch.save reports a full disk this way
-        raise OSError(f"{path}: not written; is the disk full? ({one_line(error)})") from None
-    except OSError as error:                 # of a write, which does not name its file
-        raise OSError(f"{path}: not written: {error.strerror or error}") from None
+        with writing(path):
+            write(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1235,11 +1243,8 @@ def open_metrics(path: Path, start: int) -> Callable:
     write_atomically(path, lambda temporary: temporary.write_text(kept))
 
     def write(**values) -> None:
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:
-            raise OSError(f"{path}: not written: {error.strerror or error}") from None
+        with writing(path), open(path, "a") as file:
+            file.write(json.dumps(values) + "\n")
     return write
 
 

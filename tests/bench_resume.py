@@ -157,6 +157,14 @@ def until(process: subprocess.Popen, out: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
+def killed_at_20(script: str, out: Path) -> None:
+    """Starts a run and kills it after 20 steps."""
+    process = start(script, out)
+    until(process, out, 20)
+    process.kill()
+    process.communicate()
+
+
 def one_line(status: int, error: str, wanted: int, *words: str) -> str:
     """The one line on stderr, checked."""
     text = error.strip()
@@ -184,10 +192,7 @@ def stopped(script, out, whole, number) -> str:
 
 def full_disk(script, out, whole) -> str:
     """A limit on the size of files that adapter.pt does not fit in, once it has been saved."""
-    process = start(script, out)
-    until(process, out, 20)
-    process.kill()
-    process.communicate()
+    killed_at_20(script, out)
     before = (out / "adapter.pt").read_bytes()
     limit = len(before) // 2
     said = one_line(*finish(script, out, before=lambda: resource.setrlimit(
@@ -203,10 +208,7 @@ def full_tmpfs(script, out, whole) -> str:
     if subprocess.run(mount, capture_output=True).returncode:
         return "skipped: no right to mount a file system"
     try:
-        process = start(script, out)
-        until(process, out, 20)
-        process.kill()
-        process.communicate()
+        killed_at_20(script, out)
         before = (out / "adapter.pt").read_bytes()
         filling = out / "filling"
         with open(filling, "wb", buffering=0) as file:
@@ -249,10 +251,7 @@ def two_at_once(script, out, whole) -> str:
 
 
 def other_configuration(script, out, whole) -> str:
-    process = start(script, out)
-    until(process, out, 20)
-    process.kill()
-    process.communicate()
+    killed_at_20(script, out)
     said = one_line(*finish(script, out, "--seed", "7"), 2, "config.json", "seed=0", "7")
     other = out.with_name("other")
     status, error = finish(script, other, "--rank", "3")
@@ -266,10 +265,7 @@ def other_configuration(script, out, whole) -> str:
 
 
 def backwards(script, out, whole) -> str:
-    process = start(script, out)
-    until(process, out, 20)
-    process.kill()
-    process.communicate()
+    killed_at_20(script, out)
     future = time.time() + 1e8
     for path in out.rglob("*"):
         os.utime(path, (future, future))
