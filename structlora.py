@@ -70,6 +70,7 @@ import torch.nn.functional as F
 SKETCH = 4                # P and Q have this many columns (Eq. 5)
 LEAKY_SLOPE = 0.2         # of the LeakyReLU in Eq. 5, as in GAT
 GRADIENT_DECAY = 0.9      # of the running mean gradients behind the similarity edges
+EDGES_SETTLE = 30         # steps after which these edges stay: each move is a jump of the update
 RANDOM_DEGREE = 3         # edges per node of the random control: the degree of a hybrid node
 INITIAL_SIGMA = 0.1       # Gaussian gates start at mu = 1: 2.3 nats a direction
 PENALTY_WARMUP = 50       # calls of penalty() over which beta grows linearly to its value
@@ -267,7 +268,7 @@ class LayerGraph(nn.Module):
         if S > 1 and config.coordinator == "attention":          # zero: starts as the plain average
             self.w_src = nn.Parameter(torch.zeros(SKETCH * SKETCH))
             self.w_dst = nn.Parameter(torch.zeros(SKETCH * SKETCH))
-        self.watches = config.edges in ("hybrid", "similarity") and L > 1
+        self.watches = self.learns_edges = config.edges in ("hybrid", "similarity") and L > 1
         self.register_buffer("gradient", torch.zeros(L, SKETCH, SKETCH))         # running mean
         self.register_buffer("gradient_sum", torch.zeros(L, SKETCH, SKETCH), persistent=False)
         self.reference = (linears[0],)       # for its dtype; a tuple, as in LoRALinear
@@ -507,7 +508,7 @@ class StructLoRA:
     each kind; this object only knows where."""
 
     def __init__(self, model: nn.Module, config: Config, found: dict[str, nn.Linear]):
-        self.model, self.config, self.penalty_calls = model, config, 0
+        self.model, self.config, self.penalty_calls, self.observations = model, config, 0, 0
         self.was_trainable = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
         kinds = {}
@@ -544,10 +545,13 @@ class StructLoRA:
         return beta / num_examples * sum(graph.rates().sum() for graph in self.graphs)
 
     def observe_gradients(self) -> None:
-        """After backward(), before the optimizer step: updates the gradient-similarity edges."""
+        """After backward(), before the optimizer step: updates the gradient-similarity edges, until
+        they stay as they are after EDGES_SETTLE calls."""
+        self.observations += 1
         for graph in self.graphs:
             if graph.watches:
                 graph.observe()
+                graph.watches = self.observations < EDGES_SETTLE
 
     @torch.no_grad()
     def prune(self, progress: float) -> None:
@@ -640,7 +644,7 @@ class StructLoRA:
             raise InputError("there are no adapters any more: merge() or detach() was called")
         return {"format": "structlora-1", "config": dataclasses.asdict(self.config),
                 "layers": {g.names[0]: len(g.names) for g in self.graphs},
-                "penalty_calls": self.penalty_calls,
+                "penalty_calls": self.penalty_calls, "observations": self.observations,
                 "state": [graph.state_dict() for graph in self.graphs],
                 "trained": {name: p.detach() for name, p in self.trained().items()}}
 
@@ -664,15 +668,16 @@ class StructLoRA:
                     raise ValueError("NaN or infinite entries")
                 if mine.dtype == torch.long and ((value < 0) | (value >= len(mine))).any():
                     raise ValueError(f"an edge leads to none of the {len(mine)} layers")
-            penalty_calls = int(state["penalty_calls"])
+            calls = int(state["penalty_calls"]), int(state["observations"])
         except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise InputError(f"{source}: does not fit the model: {one_line(error)}") from None
         for mine, value in pairs:
             mine.copy_(value)
         for parameter in trained:
             parameter.requires_grad_(True)
-        self.penalty_calls = penalty_calls
+        self.penalty_calls, self.observations = calls
         for graph in self.graphs:
+            graph.watches = graph.learns_edges and self.observations < EDGES_SETTLE
             graph.stamp = None
 
     def save(self, path: str | Path) -> None:
@@ -755,7 +760,7 @@ class StructLoRA:
             cosine = gram / (norm[:, None] * norm).clamp_min(1e-30)
             drift += float((norm[1:]**2 + norm[:-1]**2 - 2 * gram.diagonal(1)).sum())
             cosines += cosine.diagonal(1).tolist()
-            if graph.watches and graph.gradient.any():
+            if graph.gradient.any():
                 gradient_cosines += graph.gradient_cosine().diagonal(1).tolist()
             result["cosine_matrix"][kind], result["mixing"][kind] = cosine, graph.mixing()
             if graph.gate is not None:

@@ -12,8 +12,8 @@ A cell is backbone:task:rank:labels. Labels are per class for images, in all for
 has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
-differences are paired. Every run is one line of --results and is never run twice. PEFT's methods
-need peft.
+differences are paired. Every run is one line in the folder --results, in a file for each cell, and
+is never run twice. PEFT's methods need peft.
 """
 
 import argparse
@@ -282,8 +282,7 @@ class Ours(Plain):
         config = {"rank": rank, "alpha": 2.0 * rank, "targets": targets(cell)} | changes
         self.adapters, self.rank, self.cut = attach(model, Config(**config)), cell.rank, cut
         self.model, self.static = model, static
-        self.prune, self.observe_gradients = self.adapters.prune, self.adapters.observe_gradients
-        self.param_groups = self.adapters.param_groups
+        self.prune, self.param_groups = self.adapters.prune, self.adapters.param_groups
         for graph in self.adapters.graphs if selector else ():
             graph.importance = functools.partial(selector, graph)
 
@@ -299,6 +298,9 @@ class Ours(Plain):
                 penalty = penalty + 0.1 * (1 - cosine).mean()
         return penalty
 
+    def observe_gradients(self):
+        self.adapters.observe_gradients()
+
     def finish(self):
         d = self.adapters.diagnostics()
         mean = lambda values: statistics.fmean(values) if values else None
@@ -312,6 +314,14 @@ class Ours(Plain):
             self.adapters.layers[name].base.weight.data += B @ A
         self.adapters.detach()
         return line | {"merged_rank": self.rank}
+
+
+class Restless(Ours):
+    """Similarity edges that never settle."""
+
+    def observe_gradients(self):
+        self.adapters.observations = 0
+        self.adapters.observe_gradients()
 
 
 class Theta(Ours):
@@ -429,6 +439,7 @@ METHODS = {
     "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
     "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
     "structlora": Ours,
+    "structlora, edges never settle": Restless,
     "gate only, gaussian": lambda m, c: Ours(m, c, **NO_GRAPH),
     "gate only, concrete": lambda m, c: Ours(m, c, gate="concrete", **NO_GRAPH),
     **{f"coordinator only, {kind}, {edges}, {hops} hop{'s' * (hops > 1)}":
@@ -501,23 +512,24 @@ def measured(p: Problem, model: nn.Module) -> dict:
 
 
 class Results:
-    """The lines of a file, by (cell, method, lr, seed)."""
+    """The lines of a folder, one file for each cell, by (cell, method, lr, seed)."""
 
-    def __init__(self, path: Path):
-        self.path, self.lines = path, {}
-        for text in path.read_text().splitlines() if path.exists() else ():
-            self.remember(json.loads(text))
+    def __init__(self, folder: Path):
+        self.folder, self.lines = folder, {}
+        for path in sorted(folder.glob("*.jsonl")):
+            for text in path.read_text().splitlines():
+                self.remember(json.loads(text))
 
     def remember(self, line: dict) -> None:
         self.lines[line["cell"], line["method"], line["lr"], line["seed"]] = line
 
     def add(self, line: dict) -> None:
-        """Appends to the file, numbers to five digits."""
+        """Appends to the file of its cell, numbers to five digits."""
         line = {key: float(f"{value:.5g}") if isinstance(value, float) else value
                 for key, value in line.items() if value is not None}
         self.remember(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{line['cell'].replace(':', '-')}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def get(self, cell: Cell, method: str, lr: float, seeds) -> list[dict]:
@@ -608,15 +620,17 @@ def warm(arguments: tuple) -> None:
 
 
 def trace(results: Results, args) -> None:
-    """Diagnostics every tenth step of LoRA and StructLoRA at their best rates, seed 0, on the
-    pictures at rank 2, into trace.json beside the results."""
+    """Diagnostics every tenth step of LoRA, LoRA of the matched rank and StructLoRA at their best
+    rates, seed 0, on the pictures at rank 2, into trace.json beside the results."""
     cell, lines, device = Cell("vit", "pictures", 2, 50), {}, "cuda" if args.gpu else "cpu"
-    for method in ("lora", "structlora"):
-        _, lr = sweep(results, cell, method, range(100, 100 + args.tuning))
+    tuning = range(100, 100 + args.tuning)
+    for method in ("lora", "lora matched", "structlora"):
+        _, lr = sweep(results, cell, method, tuning)
+        matched = method == "lora matched" and matched_rank(results, cell, tuning, range(0))
         p = problem(cell, 0, args.cache, device)
         torch.manual_seed(0)
         model = p.load().to(device)
-        ours = METHODS[method](model, cell)
+        ours = METHODS[method](model, cell._replace(rank=matched or cell.rank))
         optimizer = torch.optim.AdamW(ours.param_groups(lr or 1e-2))
         torch.manual_seed(1)
         lines[method] = {"step": [], "drift": [], "cosine": []}
@@ -630,12 +644,16 @@ def trace(results: Results, args) -> None:
                     lines[method][key].append(round(value, 4))
         lines[method]["matrix"] = {kind: [[round(v, 3) for v in row] for row in matrix.tolist()]
                                    for kind, matrix in d["cosine_matrix"].items()}
-        lines[method]["coverage"] = {k: round(v, 4) for k, v in d["svd_coverage"].items()}
+        spectra = [structlora.singular_values(B, A).square()
+                   for B, A in ours.adapters.factors().values()]
+        lines[method]["coverage"] = [round(statistics.fmean(float(s[:k].sum() / s.sum())
+                                                            for s in spectra), 4)
+                                     for k in range(1, max(map(len, spectra)) + 1)]
         if ours.adapters.config.gate != "none":
             lines[method]["snr"] = {name: [round(v, 3) for v in score.flatten().tolist()]
                                     for g in ours.adapters.graphs
                                     for name, score in zip(g.names, g.gate.score())}
-    structlora.write_json(args.results.with_name("trace.json"), lines)
+    structlora.write_json((args.results / "trace.json"), lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -775,14 +793,16 @@ def draw_figures(results: Results, tuning: range, seeds: range, folder: Path) ->
 
 
 def draw_trace(path: Path, folder: Path) -> None:
-    """Drift energy and adjacent cosine against the step; the layers' cosines; the gates."""
+    """Drift energy and adjacent cosine against the step; the gates; the spectra of the updates;
+    the layers' cosines."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "structlora"
     import matplotlib.pyplot as plt
     lines = structlora.read_json(path)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
     for method, values in lines.items():
+        axes[3].plot(range(1, len(values["coverage"]) + 1), values["coverage"], "o-")
         axes[0].plot(values["step"], values["drift"], label=method)
         axes[1].plot(values["step"], values["cosine"], label=method)
     snr = lines["structlora"]["snr"]
@@ -790,10 +810,12 @@ def draw_trace(path: Path, folder: Path) -> None:
     axes[2].axhline(1, linewidth=0.5)
     axes[2].tick_params(axis="x", labelrotation=90)
     for axis, title in zip(axes, ("drift energy", "cosine of adjacent updates",
-                                  "signal-to-noise of the gates (open above 1)")):
+                                  "signal-to-noise of the gates (open above 1)",
+                                  "share of the energy in the first singular values")):
         axis.set_title(title, fontsize=10)
     axes[0].set(yscale="log", xlabel="step")
     axes[1].set(xlabel="step")
+    axes[3].set(xlabel="rank", ylim=(0, 1.05))
     axes[2].set(yscale="log")
     axes[0].legend()
     save_figure(figure, folder / "training.svg")
@@ -853,11 +875,10 @@ def main() -> None:
     p.add_argument("--processes", type=int, default=os.cpu_count())
     p.add_argument("--gpu", action="store_true", help="run on CUDA")
     p.add_argument("--cache", type=Path, default=ROOT / "out/bench", help="for the backbones")
-    p.add_argument("--results", type=Path)
+    p.add_argument("--results", type=Path, help="folder (default tests/results)")
     args = p.parse_args()
     args.seeds, args.tuning = args.seeds or (3 if args.quick else 10), args.tuning or 3 - args.quick
-    name = "quick.jsonl" if args.quick else "accuracy.jsonl"
-    args.results = args.results or (ROOT / ("out/bench" if args.quick else "tests/results") / name)
+    args.results = args.results or ROOT / ("out/bench/quick" if args.quick else "tests/results")
     cells = args.cells or (grid(args.full) if args.quick or args.full else [])
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
     if not (cells or args.table or args.figures or args.trace):
@@ -870,7 +891,7 @@ def main() -> None:
         trace(Results(args.results), args)
     elif args.figures:
         draw_figures(Results(args.results), tuning, seeds, ROOT / ".github/figures")
-        if (path := args.results.with_name("trace.json")).exists():
+        if (path := (args.results / "trace.json")).exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
         print_tables(Results(args.results), tuning, seeds)

@@ -44,18 +44,18 @@ def fill(results, method, accuracy, **more):
 
 
 def test_a_sweep_is_widened_until_its_best_lies_inside(tmp_path):
-    results = Results(tmp_path / "r.jsonl")
+    results = Results(tmp_path)
     best = bench_accuracy.RATES[0] / 4                           # two steps below the first
     rounds = fill(results, "lora", lambda lr: -abs(lr - best))
     assert [len(jobs) for jobs in rounds] == [8, 2, 2, 2, 3]     # 4 rates, 3 more, the fresh seeds
     assert {job[2] for job in rounds[-1]} == {best} and {j[3] for j in rounds[-1]} == {0, 1, 2}
     assert {job[3] for jobs in rounds[:-1] for job in jobs} == {100, 101}
-    again = Results(tmp_path / "r.jsonl")                        # finished runs are skipped
+    again = Results(tmp_path)                        # finished runs are skipped
     assert again.lines == results.lines and not missing(again, CELL, "lora", TUNING, SEEDS)
 
 
 def test_the_matched_rank_is_structloras_and_waits_for_it(tmp_path):
-    results = Results(tmp_path / "r.jsonl")
+    results = Results(tmp_path)
     assert missing(results, CELL, "lora matched", TUNING, SEEDS) == []
     fill(results, "structlora", lambda lr: -abs(lr - 1e-2))
     assert sweep(results, CELL, "structlora", TUNING) == ([], 1e-2)
@@ -64,7 +64,7 @@ def test_the_matched_rank_is_structloras_and_waits_for_it(tmp_path):
 
 
 def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
-    results = Results(tmp_path / "r.jsonl")
+    results = Results(tmp_path)
     for method, extra in (("lora", 0.0), ("structlora", 0.1)):
         fill(results, method, lambda lr: 0.5 + extra - abs(lr - 1e-2))
     for (_, method, lr, seed), line in results.lines.items():    # seeds differ, pairs do not
@@ -85,11 +85,13 @@ def test_calibration_error_by_hand():
 
 
 def test_committed_results_are_small_and_whole():
-    path = bench_accuracy.ROOT / "tests/results/accuracy.jsonl"
-    if not path.exists():
+    paths = sorted((bench_accuracy.ROOT / "tests/results").glob("*.jsonl"))
+    if not paths:
         pytest.skip("no results are committed")
-    assert path.stat().st_size < 1e6
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sum(path.stat().st_size for path in paths) < 1e6
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    assert all(json.loads(line)["cell"].replace(":", "-") == path.stem
+               for path in paths for line in path.read_text().splitlines())
     keys = [(line["cell"], line["method"], line["lr"], line["seed"]) for line in lines]
     assert len(set(keys)) == len(keys) and {line["method"] for line in lines} <= set(
         bench_accuracy.METHODS)

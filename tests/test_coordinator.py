@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import structlora
 from helpers import Fan, adapted, by_hand_mixing, by_hand_updates, chain, inputs, slot_of
-from structlora import GRADIENT_DECAY, Config, attach
+from structlora import EDGES_SETTLE, GRADIENT_DECAY, Config, attach
 
 EDGES = ("depth", "similarity", "hybrid", "random")
 
@@ -313,15 +314,23 @@ def test_gradients_of_a_step_enter_a_running_mean():
         assert not graph.gradient_sum.any()
 
 
-def test_edges_keep_following_the_gradients():
+def test_edges_follow_the_gradients_until_they_settle_and_a_loaded_graph_knows_that(tmp_path):
     torch.manual_seed(0)
     adapters = graph_of(3, edges="similarity")
-    first, second = torch.randn(2, 7, 6)
-    for wanted, partner in (((first, first, second), 1), ((first, second, first), 2)):
-        for _ in range(30):
+    graph, (first, second) = adapters.graphs[0], torch.randn(2, 7, 6)
+    half = EDGES_SETTLE // 2
+    for wanted, partner, steps in (((first, first, second), 1, half),
+                                   ((first, second, first), 2, EDGES_SETTLE - half),
+                                   ((first, first, second), 2, EDGES_SETTLE)):
+        for _ in range(steps):
+            assert graph.watches == (adapters.observations < EDGES_SETTLE)
             with_gradients(adapters, torch.stack(wanted))
             adapters.observe_gradients()
-        assert senders(adapters.graphs[0])[0] == {partner}
+        assert senders(graph)[0] == {partner}
+    assert not graph.gradient_sum.any()              # nothing is recorded any more
+    adapters.save(tmp_path / "a.pt")
+    again = structlora.StructLoRA.load(adapters.detach(), tmp_path / "a.pt")
+    assert senders(again.graphs[0]) == senders(graph) and not again.graphs[0].watches
 
 
 @pytest.mark.parametrize("edges,hops", (("similarity", 1), ("hybrid", 1), ("similarity", 3)))

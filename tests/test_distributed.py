@@ -88,7 +88,7 @@ def torchrun(out, what):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                __file__, str(out), what]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120,
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     ours = [line for line in run.stderr.splitlines() if line.startswith("test_distributed.py:")]
     return run.returncode, run.stdout, ours
@@ -157,7 +157,7 @@ def test_a_script_in_two_processes_equals_one_at_twice_the_batch(tmp_path):
                               str(tmp_path / name)], stdout=subprocess.PIPE, text=True,
                              env=os.environ | {"OMP_NUM_THREADS": "1"})
             for how, size, name in (([], "8", "one"), (launcher, "4", "two"))]
-    printed = [run.communicate(timeout=120)[0] for run in runs]
+    printed = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert printed[0].count("| structlora") == printed[1].count("| structlora") == 1
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
