@@ -70,7 +70,7 @@ import torch.nn.functional as F
 SKETCH = 4                # P and Q have this many columns (Eq. 5)
 LEAKY_SLOPE = 0.2         # of the LeakyReLU in Eq. 5, as in GAT
 GRADIENT_DECAY = 0.9      # of the running mean gradients behind the similarity edges
-EDGES_SETTLE = 30         # steps after which these edges stay: each move is a jump of the update
+EDGES_SETTLE = 10         # steps after which these edges stay: each move is a jump of the update
 RANDOM_DEGREE = 3         # edges per node of the random control: the degree of a hybrid node
 INITIAL_SIGMA = 0.1       # Gaussian gates start at mu = 1: 2.3 nats a direction
 PENALTY_WARMUP = 50       # calls of penalty() over which beta grows linearly to its value
