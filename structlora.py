@@ -39,7 +39,8 @@ put what is learned into the attention, whose features are sketches. (c) It leav
 and N open: equations 3 and 4 are the variational free energy, so beta = 1 needs no tuning. (d) The
 features h carry no gradient: at B = 0 the normalisation has none, and the attention should weigh
 the updates, not pull on them. (e) A Gaussian gate is not confined to [0, 1]: its scale is
-absorbed by B, and only mu / sigma matters.
+absorbed by B, and only mu / sigma matters. (f) The similarity edges settle after EDGES_SETTLE
+steps: factors and gates learn for the senders they have, and each change of one is a jump.
 
 Order of this file: layer, gate, coordinator, attach / merge / export, diagnostics, files, training
 loop. Everything above the training loop can be copied out alone; it needs torch only.
@@ -70,7 +71,7 @@ import torch.nn.functional as F
 SKETCH = 4                # P and Q have this many columns (Eq. 5)
 LEAKY_SLOPE = 0.2         # of the LeakyReLU in Eq. 5, as in GAT
 GRADIENT_DECAY = 0.9      # of the running mean gradients behind the similarity edges
-EDGES_SETTLE = 10         # steps after which these edges stay: each move is a jump of the update
+EDGES_SETTLE = 10         # steps after which these edges stay
 RANDOM_DEGREE = 3         # edges per node of the random control: the degree of a hybrid node
 INITIAL_SIGMA = 0.1       # Gaussian gates start at mu = 1: 2.3 nats a direction
 PENALTY_WARMUP = 50       # calls of penalty() over which beta grows linearly to its value

@@ -316,6 +316,16 @@ class Ours(Plain):
         return line | {"merged_rank": self.rank}
 
 
+class Quiet(Ours):
+    """The gate as a learned factor of each direction of each message: no noise and no rate."""
+
+    def __init__(self, model, cell):
+        super().__init__(model, cell, beta=0.0)
+        for graph in self.adapters.graphs:
+            graph.gate.log_sigma.data.fill_(-20.0)
+            graph.gate.log_sigma.requires_grad_(False)
+
+
 class Restless(Ours):
     """Similarity edges that never settle."""
 
@@ -439,6 +449,8 @@ METHODS = {
     "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
     "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
     "structlora": Ours,
+    "structlora, beta 0.1": lambda m, c: Ours(m, c, beta=0.1),
+    "structlora, gate without noise": Quiet,
     "structlora, edges never settle": Restless,
     "gate only, gaussian": lambda m, c: Ours(m, c, **NO_GRAPH),
     "gate only, concrete": lambda m, c: Ours(m, c, gate="concrete", **NO_GRAPH),

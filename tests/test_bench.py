@@ -89,9 +89,11 @@ def test_committed_results_are_small_and_whole():
     if not paths:
         pytest.skip("no results are committed")
     assert sum(path.stat().st_size for path in paths) < 1e6
-    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    assert all(json.loads(line)["cell"].replace(":", "-") == path.stem
-               for path in paths for line in path.read_text().splitlines())
+    lines_of = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
+                for path in paths}
+    assert all(line["cell"].replace(":", "-") == name
+               for name, lines in lines_of.items() for line in lines)
+    lines = sum(lines_of.values(), [])
     keys = [(line["cell"], line["method"], line["lr"], line["seed"]) for line in lines]
     assert len(set(keys)) == len(keys) and {line["method"] for line in lines} <= set(
         bench_accuracy.METHODS)
