@@ -90,7 +90,7 @@ class Config:
     dropout: float = 0.0             # on the input of the update, as in LoRA
     targets: tuple = ("q_proj", "v_proj")   # last name components of the linear layers to adapt
     gate: str = "gaussian"           # "gaussian" (Eq. 3), "concrete" (Eq. 9) or "none"
-    beta: float = 1.0                # weight of the rate (Eq. 4); 1 is the variational free energy
+    beta: float = 0.1                # weight of the rate (Eq. 4); 1 is the variational free energy
     coordinator: str = "attention"   # "attention" (Eq. 5), "uniform" (a = 1 / degree) or "none"
     edges: str = "hybrid"            # "depth" (l +- 1), "similarity", "hybrid" (both) or "random"
     hops: int = 1                    # power of the mixing matrix: how far an update travels

@@ -449,10 +449,11 @@ METHODS = {
     "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
     "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
     "structlora": Ours,
-    "structlora, beta 0.1": lambda m, c: Ours(m, c, beta=0.1),
+    "structlora, beta 1": lambda m, c: Ours(m, c, beta=1.0),
+    "structlora, beta 1, edges never settle": lambda m, c: Restless(m, c, beta=1.0),
     "structlora, gate without noise": Quiet,
-    "structlora, edges never settle": Restless,
     "gate only, gaussian": lambda m, c: Ours(m, c, **NO_GRAPH),
+    "gate only, gaussian, beta 1": lambda m, c: Ours(m, c, beta=1.0, **NO_GRAPH),
     "gate only, concrete": lambda m, c: Ours(m, c, gate="concrete", **NO_GRAPH),
     **{f"coordinator only, {kind}, {edges}, {hops} hop{'s' * (hops > 1)}":
        functools.partial(Ours, coordinator=kind, edges=edges, hops=hops, **NO_GATE)
@@ -736,7 +737,7 @@ def compared(results: Results, tuning: range, seeds: range) -> list[dict]:
 
 
 def print_tables(results: Results, tuning: range, seeds: range) -> None:
-    """One Markdown table per cell."""
+    """One Markdown table per cell, and the methods of none."""
     rows = compared(results, tuning, seeds)
     tested = sum("p" in row for row in rows)
     print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
@@ -745,6 +746,8 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     for cell, group in itertools.groupby(rows, lambda row: row["cell"]):
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
+    absent = [method for method in METHODS if method not in {row["method"] for row in rows}]
+    print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
 
 
 def as_cells(row: dict) -> dict:
