@@ -36,11 +36,12 @@ Where this departs from the paper, and why. (a) The paper swaps the names A and 
 of the LoRA paper and PEFT. (b) Its message sigma(h Theta) acts on vec(dW), so Theta would have
 (d k)^2 entries and the result could not be merged exactly; we keep the linear residual part and
 put what is learned into the attention, whose features are sketches. (c) It leaves the noise model
-and N open: equations 3 and 4 are the variational free energy, so beta = 1 needs no tuning. (d) The
-features h carry no gradient: at B = 0 the normalisation has none, and the attention should weigh
-the updates, not pull on them. (e) A Gaussian gate is not confined to [0, 1]: its scale is
-absorbed by B, and only mu / sigma matters. (f) The similarity edges settle after EDGES_SETTLE
-steps: factors and gates learn for the senders they have, and each change of one is a jump.
+and N open: at beta = 1 equations 3 and 4 are the variational free energy. We temper it, beta = 0.1:
+with few labels the full rate shuts messages that help. (d) The features h carry no gradient: at
+B = 0 the normalisation has none, and the attention should weigh the updates, not pull on them.
+(e) A Gaussian gate is not confined to [0, 1]: its scale is absorbed by B, and only mu / sigma
+matters. (f) The similarity edges settle after EDGES_SETTLE steps: factors and gates learn for the
+senders they have, and each change of one is a jump.
 
 Order of this file: layer, gate, coordinator, attach / merge / export, diagnostics, files, training
 loop. Everything above the training loop can be copied out alone; it needs torch only.
@@ -980,7 +981,7 @@ def make_parser(description: str, **defaults) -> OneLineParser:
     p.add_argument("--targets", default="q_proj,v_proj", help="linear layers to adapt, by name")
     p.add_argument("--gate", default="gaussian", choices=["gaussian", "concrete", "none"])
     p.add_argument("--no-gate", dest="gate", action="store_const", const="none")
-    p.add_argument("--beta", type=float, default=1.0, help="weight of the rate (Eq. 4)")
+    p.add_argument("--beta", type=float, default=Config.beta, help="weight of the rate (Eq. 4)")
     p.add_argument("--coordinator", default="attention", choices=["attention", "uniform", "none"])
     p.add_argument("--no-coordinator", dest="coordinator", action="store_const", const="none")
     p.add_argument("--edges", default="hybrid",

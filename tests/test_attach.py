@@ -231,7 +231,7 @@ def test_the_model_may_be_in_any_mode_and_on_frozen_parts():
 def test_config_is_frozen_and_documented_in_full():
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
     assert fields == dict(rank=8, alpha=16.0, dropout=0.0, targets=("q_proj", "v_proj"),
-                          gate="gaussian", beta=1.0, coordinator="attention", edges="hybrid",
+                          gate="gaussian", beta=0.1, coordinator="attention", edges="hybrid",
                           hops=1, budget=None)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().rank = 4

@@ -51,7 +51,7 @@ def test_diagnostics_equal_dense_computations(gate, coordinator):
 
 
 def test_rate_and_gate_mean_count_the_directions_that_exist():
-    _, adapters = adapted(4, edges="depth", budget=3.0)
+    _, adapters = adapted(4, edges="depth", budget=3.0, beta=1.0)
     adapters.prune(0.7)
     got = adapters.diagnostics()
     for graph in adapters.graphs:

@@ -211,7 +211,7 @@ def test_penalty_is_beta_times_the_rate_per_example_after_the_warmup():
 
 
 def test_penalty_gradient_is_the_gradient_of_the_rate_over_n():
-    model, adapters = adapted(3, gate="concrete")
+    model, adapters = adapted(3, gate="concrete", beta=1.0)
     adapters.penalty_calls = PENALTY_WARMUP
     graph = adapters.graphs[0]
     (10 * adapters.penalty(10)).backward()
@@ -223,7 +223,7 @@ def test_penalty_gradient_is_the_gradient_of_the_rate_over_n():
 
 def test_messages_from_nobody_are_not_charged():
     # The ends of the chain have one neighbour: 2 (L - 1) + L messages, not 3 L.
-    adapters = attach(chain(4), Config(rank=2, edges="depth", targets="q_proj"))
+    adapters = attach(chain(4), Config(rank=2, edges="depth", targets="q_proj", beta=1.0))
     adapters.penalty_calls = PENALTY_WARMUP
     wanted = (2 * 3 + 4) * 2 * 0.5 * math.log(101)
     assert adapters.penalty(1).item() == pytest.approx(wanted, rel=1e-5)
