@@ -836,7 +836,7 @@ def draw_trace(path: Path, folder: Path) -> None:
     save_figure(figure, folder / "training.svg")
     kinds = list(lines["lora"]["matrix"])
     figure, axes = plt.subplots(1, 2 * len(kinds), figsize=(3 * 2 * len(kinds), 3))
-    for axis, (method, kind) in zip(axes, itertools.product(lines, kinds)):
+    for axis, (method, kind) in zip(axes, itertools.product(("lora", "structlora"), kinds)):
         axis.imshow(lines[method]["matrix"][kind], vmin=-1, vmax=1, cmap="RdBu")
         axis.set_title(f"{method}, {kind.rpartition('.')[2]}", fontsize=10)
     save_figure(figure, folder / "cosines.svg")
