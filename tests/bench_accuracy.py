@@ -666,7 +666,7 @@ def trace(results: Results, args) -> None:
             lines[method]["snr"] = {name: [round(v, 3) for v in score.flatten().tolist()]
                                     for g in ours.adapters.graphs
                                     for name, score in zip(g.names, g.gate.score())}
-    structlora.write_json((args.results / "trace.json"), lines)
+    structlora.write_json(args.results / "trace.json", lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -906,7 +906,7 @@ def main() -> None:
         trace(Results(args.results), args)
     elif args.figures:
         draw_figures(Results(args.results), tuning, seeds, ROOT / ".github/figures")
-        if (path := (args.results / "trace.json")).exists():
+        if (path := args.results / "trace.json").exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
         print_tables(Results(args.results), tuning, seeds)
