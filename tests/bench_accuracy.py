@@ -886,13 +886,14 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                    help="default: all with --full, else " + ", ".join(CORE))
     p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 3 with --quick)")
-    p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 2 with --quick)")
+    p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 1 with --quick)")
     p.add_argument("--processes", type=int, default=os.cpu_count())
     p.add_argument("--gpu", action="store_true", help="run on CUDA")
     p.add_argument("--cache", type=Path, default=ROOT / "out/bench", help="for the backbones")
     p.add_argument("--results", type=Path, help="folder (default tests/results)")
     args = p.parse_args()
-    args.seeds, args.tuning = args.seeds or (3 if args.quick else 10), args.tuning or 3 - args.quick
+    args.seeds = args.seeds or (3 if args.quick else 10)
+    args.tuning = args.tuning or (1 if args.quick else 3)
     args.results = args.results or ROOT / ("out/bench/quick" if args.quick else "tests/results")
     cells = args.cells or (grid(args.full) if args.quick or args.full else [])
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
