@@ -35,7 +35,7 @@ import structlora
 from structlora import InputError, Task
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))                        # Google's and timm's ViTs
-# From sweeps on the demo with seeds 100 to 103, apart from those reported; a checkpoint's is untuned.
+# From sweeps on the demo (seeds 100 to 103, not those reported); a checkpoint's is untuned.
 LEARNING_RATES = {"lora": 1e-2, "lora matched": 7e-3, "structlora": 1e-2, "checkpoint": 2e-3}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))        # DeiT
 
