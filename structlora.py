@@ -749,7 +749,8 @@ class StructLoRA:
         rate (nats), gate_mean, kept (merged rank), effective_rank (exp of the entropy of the
         singular values) and svd_coverage (share of the energy in the first r): name -> number.
         drift_energy: sum_l ||u_{l+1} - u_l||^2 over the chains, u_l = vec(s dW_l).
-        update_cosine, gradient_cosine: mean over adjacent layers (None where unknown).
+        update_cosine, gradient_cosine: mean over adjacent layers (None where unknown; gradients are
+        those of the first EDGES_SETTLE steps).
         cosine_matrix, mixing: kind -> [L, L].
         """
         result = {key: {} for key in ("rate", "gate_mean", "kept", "effective_rank",

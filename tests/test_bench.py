@@ -50,7 +50,7 @@ def test_a_sweep_is_widened_until_its_best_lies_inside(tmp_path):
     assert [len(jobs) for jobs in rounds] == [8, 2, 2, 2, 3]     # 4 rates, 3 more, the fresh seeds
     assert {job[2] for job in rounds[-1]} == {best} and {j[3] for j in rounds[-1]} == {0, 1, 2}
     assert {job[3] for jobs in rounds[:-1] for job in jobs} == {100, 101}
-    again = Results(tmp_path)                        # finished runs are skipped
+    again = Results(tmp_path)                                    # finished runs are skipped
     assert again.lines == results.lines and not missing(again, CELL, "lora", TUNING, SEEDS)
 
 
