@@ -452,6 +452,7 @@ METHODS = {
     "structlora, beta 1": lambda m, c: Ours(m, c, beta=1.0),
     "structlora, beta 1, edges never settle": lambda m, c: Restless(m, c, beta=1.0),
     "structlora, gate without noise": Quiet,
+    "structlora, 3 hops": lambda m, c: Ours(m, c, hops=3),
     "gate only, gaussian": lambda m, c: Ours(m, c, **NO_GRAPH),
     "gate only, gaussian, beta 1": lambda m, c: Ours(m, c, beta=1.0, **NO_GRAPH),
     "gate only, concrete": lambda m, c: Ours(m, c, gate="concrete", **NO_GRAPH),
@@ -543,7 +544,7 @@ class Results:
         self.remember(line)
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / f"{line['cell'].replace(':', '-')}.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def get(self, cell: Cell, method: str, lr: float, seeds) -> list[dict]:
         """Lines of the seeds that have been run."""
@@ -737,17 +738,31 @@ def compared(results: Results, tuning: range, seeds: range) -> list[dict]:
 
 
 def print_tables(results: Results, tuning: range, seeds: range) -> None:
-    """One Markdown table per cell, and the methods of none."""
+    """A Markdown table with a line per cell, one per cell with a line per method, and the methods
+    that no cell has."""
     rows = compared(results, tuning, seeds)
     tested = sum("p" in row for row in rows)
     print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
           "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
-          f"{tested} rows")
-    for cell, group in itertools.groupby(rows, lambda row: row["cell"]):
+          f"{tested} rows\n")
+    cells = [(cell, list(group)) for cell, group in itertools.groupby(rows, lambda row: row["cell"])]
+    structlora.print_table([summary(*pair) for pair in cells])
+    for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
     absent = [method for method in METHODS if method not in {row["method"] for row in rows}]
     print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
+
+
+def summary(cell: Cell, rows: list[dict]) -> dict:
+    """A line of the first table: LoRA, and what StructLoRA and more parameters add to it."""
+    shown = {row["method"]: as_cells(row) for row in rows}
+    get = lambda method, key: shown.get(method, {}).get(key, "") or "-"
+    return {"backbone, task": f"{cell.backbone} {cell.task}", "rank": str(cell.rank),
+            "labels": str(cell.labels), "frozen": get("frozen", "accuracy"),
+            "LoRA": get("lora", "accuracy"), "StructLoRA": get("structlora", "to LoRA"),
+            "p": get("structlora", "p"), "its loss": get("structlora", "loss to LoRA"),
+            "LoRA of its merged rank": get("lora matched", "to LoRA")}
 
 
 def as_cells(row: dict) -> dict:
