@@ -747,11 +747,26 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
           f"{tested} rows\n")
     cells = [(cell, list(group)) for cell, group in itertools.groupby(rows, lambda row: row["cell"])]
     structlora.print_table([summary(*pair) for pair in cells])
+    difference, count = overall(rows)
+    if count > 1:
+        print(f"\nStructLoRA to LoRA, mean of {count} cells: {difference[0]:+.1f} ± {difference[1]:.1f}"
+              f", p = {difference[2]:.3f} (one test, each seed's mean over the cells)")
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
     absent = [method for method in METHODS if method not in {row["method"] for row in rows}]
     print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
+
+
+def overall(rows: list[dict]) -> tuple[tuple, int]:
+    """(paired difference of StructLoRA to LoRA with each seed's mean over the cells that have both,
+    as paired() gives it; the number of these cells)."""
+    by = {(row["cell"], row["method"]): row["lines"] for row in rows}
+    cells = [cell for cell, method in by if method == "structlora" and (cell, "lora") in by]
+    means = [[100 * statistics.fmean(line["accuracy"] for line in lines)
+              for lines in zip(*(by[cell, method] for cell in cells))]
+             for method in ("structlora", "lora")]
+    return (paired(*means) if cells else (0.0, 0.0, 1.0)), len(cells)
 
 
 def summary(cell: Cell, rows: list[dict]) -> dict:

@@ -77,6 +77,20 @@ def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
     assert cells["to LoRA"].startswith("+9.9") and cells["merged rank"] == "4.4"
 
 
+def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
+    row = lambda rank, method, *accuracies: {
+        "cell": CELL._replace(rank=rank), "method": method,
+        "lines": [{"accuracy": accuracy} for accuracy in accuracies]}
+    rows = [row(1, "lora", 0.5, 0.6), row(1, "structlora", 0.6, 0.6),
+            row(2, "lora", 0.5, 0.5), row(2, "structlora", 0.5, 0.5),
+            row(4, "lora", 0.0, 0.0)]                            # a cell without StructLoRA
+    (mean, half, p), cells = bench_accuracy.overall(rows)
+    assert cells == 2 and mean == pytest.approx(2.5)             # (5 + 0) / 2 points
+    assert half == pytest.approx(12.706 * 2.5, rel=1e-3)         # t of 1 degree, error 2.5
+    assert p == pytest.approx(0.5, abs=1e-3)                     # t = 1
+    assert bench_accuracy.overall([]) == ((0.0, 0.0, 1.0), 0)
+
+
 def test_calibration_error_by_hand():
     sure = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
     labels = torch.tensor([0, 1, 1, 1])          # bins: 0.9 twice, half right; 0.6 and 0.8, right
