@@ -1416,7 +1416,7 @@ def compare(args: argparse.Namespace, load: Callable[[], nn.Module], task: Task,
 def print_table(rows: list[dict]) -> None:
     """The rows as a table with right-aligned columns; it is also valid Markdown."""
     columns = list(rows[0])
-    widths = [max(len(column), *(len(row[column]) for row in rows)) for column in columns]
+    widths = [max(2, len(column), *(len(row[column]) for row in rows)) for column in columns]
     line = lambda cells: "| " + " | ".join(c.rjust(w) for c, w in zip(cells, widths)) + " |"
     print(line(columns), line(["-" * (w - 1) + ":" for w in widths]), sep="\n")
     print("\n".join(line(row.values()) for row in rows), flush=True)

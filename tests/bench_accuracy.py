@@ -741,16 +741,21 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     """A Markdown table with a line per cell, one per cell with a line per method, and the methods
     that no cell has."""
     rows = compared(results, tuning, seeds)
+    if not rows:
+        print(f"{results.folder}: nothing has been run on all {len(seeds)} seeds")
+        return
     tested = sum("p" in row for row in rows)
     print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
           "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
           f"{tested} rows\n")
     cells = [(cell, list(group)) for cell, group in itertools.groupby(rows, lambda row: row["cell"])]
     structlora.print_table([summary(*pair) for pair in cells])
-    difference, count = overall(rows)
-    if count > 1:
-        print(f"\nStructLoRA to LoRA, mean of {count} cells: {difference[0]:+.1f} ± {difference[1]:.1f}"
-              f", p = {difference[2]:.3f} (one test, each seed's mean over the cells)")
+    ranks = sorted({cell.rank for cell, _ in cells})
+    means = [overall([row for row in rows if row["cell"].rank in some])
+             for some in (ranks, *([rank] for rank in ranks if len(ranks) > 1))]
+    if any(means):
+        print("\nStructLoRA to LoRA, each seed's mean over the cells; p of one test\n")
+        structlora.print_table([line for line in means if line])
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
@@ -758,15 +763,20 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
 
 
-def overall(rows: list[dict]) -> tuple[tuple, int]:
-    """(paired difference of StructLoRA to LoRA with each seed's mean over the cells that have both,
-    as paired() gives it; the number of these cells)."""
+def overall(rows: list[dict]) -> dict:
+    """A line on the mean difference of StructLoRA to LoRA over the cells that have both; {} if
+    there are none. A seed's mean over the cells is one observation."""
     by = {(row["cell"], row["method"]): row["lines"] for row in rows}
     cells = [cell for cell, method in by if method == "structlora" and (cell, "lora") in by]
+    if not cells:
+        return {}
     means = [[100 * statistics.fmean(line["accuracy"] for line in lines)
               for lines in zip(*(by[cell, method] for cell in cells))]
              for method in ("structlora", "lora")]
-    return (paired(*means) if cells else (0.0, 0.0, 1.0)), len(cells)
+    difference, half, p = paired(*means)
+    ranks = sorted({cell.rank for cell in cells})
+    return {"rank": ", ".join(map(str, ranks)), "cells": str(len(cells)),
+            "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}", "p": f"{p:.3f}"}
 
 
 def summary(cell: Cell, rows: list[dict]) -> dict:

@@ -84,11 +84,11 @@ def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
     rows = [row(1, "lora", 0.5, 0.6), row(1, "structlora", 0.6, 0.6),
             row(2, "lora", 0.5, 0.5), row(2, "structlora", 0.5, 0.5),
             row(4, "lora", 0.0, 0.0)]                            # a cell without StructLoRA
-    (mean, half, p), cells = bench_accuracy.overall(rows)
-    assert cells == 2 and mean == pytest.approx(2.5)             # (5 + 0) / 2 points
-    assert half == pytest.approx(12.706 * 2.5, rel=1e-3)         # t of 1 degree, error 2.5
-    assert p == pytest.approx(0.5, abs=1e-3)                     # t = 1
-    assert bench_accuracy.overall([]) == ((0.0, 0.0, 1.0), 0)
+    # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
+    # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
+    assert bench_accuracy.overall(rows) == {"rank": "1, 2", "cells": "2", "p": "0.500",
+                                            "StructLoRA to LoRA": "+2.5 ± 31.8"}
+    assert bench_accuracy.overall(rows[4:]) == {}
 
 
 def test_calibration_error_by_hand():
