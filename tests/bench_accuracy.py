@@ -13,7 +13,8 @@ has its learning rate swept on the tuning seeds 100, 101, ... (four values a fac
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
 differences are paired. Every run is one line in the folder --results, in a file for each cell, and
-is never run twice. PEFT's methods need peft.
+is never run twice. PEFT's methods need peft; the cells of CIFAR-10 its binary files, in the folder
+that the environment variable CIFAR10 names.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from structlora import Config, attach
 STEPS = {"vit": 300, "llama": 200, "llava": 200}
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
-CIFAR = ROOT.parent / "shared/data/cifar10"
+CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
 PASSAGE = 256                            # characters of a passage of text
 
 
@@ -754,7 +755,7 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     means = [overall([row for row in rows if row["cell"].rank in some])
              for some in (ranks, *([rank] for rank in ranks if len(ranks) > 1))]
     if any(means):
-        print("\nStructLoRA to LoRA, each seed's mean over the cells; p of one test\n")
+        print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
         structlora.print_table([line for line in means if line])
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
@@ -776,18 +777,25 @@ def overall(rows: list[dict]) -> dict:
     difference, half, p = paired(*means)
     ranks = sorted({cell.rank for cell in cells})
     return {"rank": ", ".join(map(str, ranks)), "cells": str(len(cells)),
-            "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}", "p": f"{p:.3f}"}
+            "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}", "p (uncorrected)": f"{p:.3f}"}
 
 
 def summary(cell: Cell, rows: list[dict]) -> dict:
     """A line of the first table: LoRA, and what StructLoRA and more parameters add to it."""
     shown = {row["method"]: as_cells(row) for row in rows}
     get = lambda method, key: shown.get(method, {}).get(key, "") or "-"
+    lines = {row["method"]: row["lines"] for row in rows}
+
+    def both(key, form):                     # of LoRA -> of StructLoRA
+        pair = [[line[key] for line in lines.get(method, []) if key in line]
+                for method in ("lora", "structlora")]
+        return " -> ".join(format(statistics.fmean(v), form) for v in pair) if all(pair) else "-"
     return {"backbone, task": f"{cell.backbone} {cell.task}", "rank": str(cell.rank),
             "labels": str(cell.labels), "frozen": get("frozen", "accuracy"),
             "LoRA": get("lora", "accuracy"), "StructLoRA": get("structlora", "to LoRA"),
             "p": get("structlora", "p"), "its loss": get("structlora", "loss to LoRA"),
-            "LoRA of its merged rank": get("lora matched", "to LoRA")}
+            "LoRA of its merged rank": get("lora matched", "to LoRA"),
+            "drift energy": both("drift", ".0f"), "adjacent cosine": both("cosine", ".2f")}
 
 
 def as_cells(row: dict) -> dict:
@@ -939,6 +947,10 @@ def main() -> None:
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
     if not (cells or args.table or args.figures or args.trace):
         p.error("say what to do: --quick, --full, --cells, --trace, --table or --figures")
+    for cell in cells:
+        real = cell.task == "cifar" or cell.backbone == "vit" and cell.task != "pictures"
+        if real and not CIFAR.is_dir():
+            p.error(f"{cell} needs CIFAR-10's binary files; there is no folder {CIFAR}: set CIFAR10")
     tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
     if cells and not (args.table or args.figures):
         run_all(cells, args.methods or list(METHODS if args.full else CORE), args)
