@@ -749,7 +749,8 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
           "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
           f"{tested} rows\n")
-    cells = [(cell, list(group)) for cell, group in itertools.groupby(rows, lambda row: row["cell"])]
+    groups = itertools.groupby(rows, lambda row: row["cell"])
+    cells = [(cell, list(group)) for cell, group in groups]
     structlora.print_table([summary(*pair) for pair in cells])
     ranks = sorted({cell.rank for cell, _ in cells})
     means = [overall([row for row in rows if row["cell"].rank in some])
@@ -950,7 +951,7 @@ def main() -> None:
     for cell in cells:
         real = cell.task == "cifar" or cell.backbone == "vit" and cell.task != "pictures"
         if real and not CIFAR.is_dir():
-            p.error(f"{cell} needs CIFAR-10's binary files; there is no folder {CIFAR}: set CIFAR10")
+            p.error(f"{cell} needs CIFAR-10's binary files: set CIFAR10, {CIFAR} is no folder")
     tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
     if cells and not (args.table or args.figures):
         run_all(cells, args.methods or list(METHODS if args.full else CORE), args)

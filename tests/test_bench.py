@@ -86,8 +86,9 @@ def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
             row(4, "lora", 0.0, 0.0)]                            # a cell without StructLoRA
     # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
     # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
-    assert bench_accuracy.overall(rows) == {"rank": "1, 2", "cells": "2", "p (uncorrected)": "0.500",
-                                            "StructLoRA to LoRA": "+2.5 ± 31.8"}
+    assert bench_accuracy.overall(rows) == {
+        "rank": "1, 2", "cells": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
+        "p (uncorrected)": "0.500"}
     assert bench_accuracy.overall(rows[4:]) == {}
 
 
