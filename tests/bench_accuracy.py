@@ -50,6 +50,9 @@ STEPS = {"vit": 300, "llama": 200, "llava": 200}
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
 CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
+TASKS = {"vit": ("pictures", "invert", "rotate", "classes"), "llama": ("headings", "code"),
+         "llava": ("scenes", "cifar")}
+ON_CIFAR = ("invert", "rotate", "classes", "cifar")
 PASSAGE = 256                            # characters of a passage of text
 
 
@@ -761,7 +764,8 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
-    absent = [method for method in METHODS if method not in {row["method"] for row in rows}]
+    present = {row["method"] for row in rows}
+    absent = [method for method in METHODS if method not in present]
     print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
 
 
@@ -907,18 +911,22 @@ def grid(full: bool) -> list[Cell]:
     """--full: the whole grid; --quick: a cell of each backbone."""
     if not full:
         return [Cell("vit", "pictures", 2, 50), Cell("llama", "headings", 2, 128)]
-    tasks = ["pictures"] + ["invert", "rotate", "classes"] * CIFAR.is_dir()
     ranks, labels = (1, 2, 4, 8, 16), (10, 20, 50, 200, 1000)
-    llava = ["scenes"] + ["cifar"] * CIFAR.is_dir()
-    return [Cell(backbone, *parts) for backbone, *grids in (
-        ("vit", tasks, ranks, labels), ("llama", ["headings", "code"], ranks, (32, 128, 512)),
-        ("llava", llava, ranks, (50, 200))) for parts in itertools.product(*grids)]
+    grids = {"vit": (ranks, labels), "llama": (ranks, (32, 128, 512)), "llava": (ranks, (50, 200))}
+    return [Cell(backbone, task, *parts) for backbone, tasks in TASKS.items() for task in tasks
+            if task not in ON_CIFAR or CIFAR.is_dir()
+            for parts in itertools.product(*grids[backbone])]
 
 
 def parse_cell(text: str) -> Cell:
+    """backbone:task:rank:labels; what it needs must be there."""
     backbone, task, rank, labels = text.split(":")
-    if backbone not in PROBLEMS:
-        raise argparse.ArgumentTypeError(f"{backbone}: one of {', '.join(PROBLEMS)}")
+    if task not in TASKS.get(backbone, ()):
+        known = ", ".join(f"{b}:{t}" for b, tasks in TASKS.items() for t in tasks)
+        raise argparse.ArgumentTypeError(f"{backbone}:{task}: one of {known}")
+    if task in ON_CIFAR and not CIFAR.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} needs CIFAR-10's binary files: set CIFAR10, "
+                                         f"{CIFAR} is no folder")
     return Cell(backbone, task, int(rank), int(labels))
 
 
@@ -948,10 +956,6 @@ def main() -> None:
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
     if not (cells or args.table or args.figures or args.trace):
         p.error("say what to do: --quick, --full, --cells, --trace, --table or --figures")
-    for cell in cells:
-        real = cell.task == "cifar" or cell.backbone == "vit" and cell.task != "pictures"
-        if real and not CIFAR.is_dir():
-            p.error(f"{cell} needs CIFAR-10's binary files: set CIFAR10, {CIFAR} is no folder")
     tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
     if cells and not (args.table or args.figures):
         run_all(cells, args.methods or list(METHODS if args.full else CORE), args)
