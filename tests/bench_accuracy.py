@@ -53,6 +53,7 @@ CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
 TASKS = {"vit": ("pictures", "invert", "rotate", "classes"), "llama": ("headings", "code"),
          "llava": ("scenes", "cifar")}
 ON_CIFAR = ("invert", "rotate", "classes", "cifar")
+FRESH = range(100)                       # seeds below the tuning seeds
 PASSAGE = 256                            # characters of a passage of text
 
 
@@ -330,6 +331,18 @@ class Quiet(Ours):
             graph.gate.log_sigma.requires_grad_(False)
 
 
+class Signed(Ours):
+    """Neighbours' gates start at random signs, and rho at the degree over the hops: with one hop a
+    neighbour's message starts with the weight 1 or -1, as one's own with 1."""
+
+    def __init__(self, model, cell, **changes):
+        super().__init__(model, cell, **changes)
+        for graph in self.adapters.graphs:
+            mu = graph.gate.mu.data[:, 1:]
+            mu *= 2 * torch.randint(2, mu.shape, device=mu.device) - 1
+            graph.rho.data.fill_(graph.neighbours.shape[1] / graph.config.hops)
+
+
 class Restless(Ours):
     """Similarity edges that never settle."""
 
@@ -453,6 +466,7 @@ METHODS = {
     "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
     "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
     "structlora": Ours,
+    "structlora, signed": Signed,
     "structlora, beta 1": lambda m, c: Ours(m, c, beta=1.0),
     "structlora, beta 1, edges never settle": lambda m, c: Restless(m, c, beta=1.0),
     "structlora, gate without noise": Quiet,
@@ -599,7 +613,8 @@ def matched_rank(results: Results, cell: Cell, tuning: range, seeds: range) -> i
 
 def run_all(cells: list[Cell], methods: list[str], args) -> None:
     """Runs what is missing, in rounds, since a sweep decides what follows it."""
-    results, tuning, seeds = Results(args.results), range(100, 100 + args.tuning), range(args.seeds)
+    results, tuning = Results(args.results), range(100, 100 + args.tuning)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     device = "cuda" if args.gpu else "cpu"
     context = multiprocessing.get_context("spawn")
     failed = set()
@@ -717,41 +732,49 @@ def holm(values: list[float]) -> list[float]:
     return result
 
 
-def compared(results: Results, tuning: range, seeds: range) -> list[dict]:
-    """A row for each cell and method that has been run, in the order of METHODS; differences are
-    to LoRA of the same cell, p-values corrected over all rows."""
+def compared(results: Results, tuning: range, least: int) -> list[dict]:
+    """A row for each cell and method that has `least` seeds in common with LoRA, in the order of
+    METHODS; differences are to LoRA of the same cell and seeds, p-values corrected over all rows."""
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
-    for cell, method in itertools.product(cells, METHODS):
-        best = 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning)[1]
-        lines = results.get(cell, method, best, seeds) if best is not None else []
-        if len(lines) == len(seeds):
-            rows.append({"cell": cell, "method": method, "lr": best, "lines": lines})
-    baseline = {row["cell"]: row["lines"] for row in rows if row["method"] == "lora"}
-    tested = [row for row in rows if row["method"] != "lora" and row["cell"] in baseline]
+    for cell in cells:
+        best = {method: 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning)[1]
+                for method in METHODS}
+        fresh = {method: {line["seed"]: line for line in results.get(cell, method, lr, FRESH)}
+                 for method, lr in best.items() if lr is not None}
+        lora = fresh.get("lora", {})
+        for method, lines in fresh.items():
+            shared = [seed for seed in lines if seed in lora or not lora]
+            if len(shared) < least:
+                continue
+            row = {"cell": cell, "method": method, "lr": best[method],
+                   "lines": [lines[seed] for seed in shared]}
+            if lora and method != "lora":
+                row["base"] = [lora[seed] for seed in shared]
+            rows.append(row)
+    tested = [row for row in rows if "base" in row]
     for row in tested:
-        accuracy = lambda lines: [100 * line["accuracy"] for line in lines]
-        row["difference"] = paired(accuracy(row["lines"]), accuracy(baseline[row["cell"]]))
-        losses = [[line.get("loss", math.inf) for line in lines]
-                  for lines in (row["lines"], baseline[row["cell"]])]
+        both = lambda key, factor, missing: [[factor * line.get(key, missing) for line in lines]
+                                             for lines in (row["lines"], row["base"])]
+        row["difference"] = paired(*both("accuracy", 100, 0.0))
+        losses = both("loss", 1, math.inf)
         row["loss"] = paired(*losses) if math.inf not in sum(losses, []) else None
     for row, p in zip(tested, holm([row["difference"][2] for row in tested])):
         row["p"] = p
     return rows
 
 
-def print_tables(results: Results, tuning: range, seeds: range) -> None:
+def print_tables(results: Results, tuning: range, least: int) -> None:
     """A Markdown table with a line per cell, one per cell with a line per method, and the methods
     that no cell has."""
-    rows = compared(results, tuning, seeds)
+    rows = compared(results, tuning, least)
     if not rows:
-        print(f"{results.folder}: nothing has been run on all {len(seeds)} seeds")
+        print(f"{results.folder}: nothing has been run on {least} seeds")
         return
     tested = sum("p" in row for row in rows)
-    print(f"{len(seeds)} seeds; learning rates tuned on {len(tuning)} others; difference to LoRA "
-          "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
-          f"{tested} rows\n")
+    print(f"learning rates tuned on {len(tuning)} seeds; on n others: difference to LoRA in points "
+          f"with its 95% interval; p of the paired t-test, Holm-corrected over {tested} rows\n")
     groups = itertools.groupby(rows, lambda row: row["cell"])
     cells = [(cell, list(group)) for cell, group in groups]
     structlora.print_table([summary(*pair) for pair in cells])
@@ -771,17 +794,17 @@ def print_tables(results: Results, tuning: range, seeds: range) -> None:
 
 def overall(rows: list[dict]) -> dict:
     """A line on the mean difference of StructLoRA to LoRA over the cells that have both; {} if
-    there are none. A seed's mean over the cells is one observation."""
-    by = {(row["cell"], row["method"]): row["lines"] for row in rows}
-    cells = [cell for cell, method in by if method == "structlora" and (cell, "lora") in by]
-    if not cells:
+    there are none. The mean over the cells is one observation for each seed that all have."""
+    rows = [row for row in rows if row["method"] == "structlora" and "base" in row]
+    if not rows:
         return {}
-    means = [[100 * statistics.fmean(line["accuracy"] for line in lines)
-              for lines in zip(*(by[cell, method] for cell in cells))]
-             for method in ("structlora", "lora")]
-    difference, half, p = paired(*means)
-    ranks = sorted({cell.rank for cell in cells})
-    return {"rank": ", ".join(map(str, ranks)), "cells": str(len(cells)),
+    gains = [{mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
+              for mine, base in zip(row["lines"], row["base"])} for row in rows]
+    seeds = set.intersection(*map(set, gains))
+    means = [statistics.fmean(gain[seed] for gain in gains) for seed in sorted(seeds)]
+    difference, half, p = paired(means, [0.0] * len(means))
+    ranks = sorted({row["cell"].rank for row in rows})
+    return {"rank": ", ".join(map(str, ranks)), "cells": str(len(rows)), "seeds": str(len(seeds)),
             "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}", "p (uncorrected)": f"{p:.3f}"}
 
 
@@ -797,8 +820,8 @@ def summary(cell: Cell, rows: list[dict]) -> dict:
         return " -> ".join(format(statistics.fmean(v), form) for v in pair) if all(pair) else "-"
     return {"backbone, task": f"{cell.backbone} {cell.task}", "rank": str(cell.rank),
             "labels": str(cell.labels), "frozen": get("frozen", "accuracy"),
-            "LoRA": get("lora", "accuracy"), "StructLoRA": get("structlora", "to LoRA"),
-            "p": get("structlora", "p"), "its loss": get("structlora", "loss to LoRA"),
+            "LoRA": get("lora", "accuracy"), "n": get("structlora", "n"),
+            "StructLoRA": get("structlora", "to LoRA"), "p": get("structlora", "p"), "its loss": get("structlora", "loss to LoRA"),
             "LoRA of its merged rank": get("lora matched", "to LoRA"),
             "drift energy": both("drift", ".0f"), "adjacent cosine": both("cosine", ".2f")}
 
@@ -812,7 +835,8 @@ def as_cells(row: dict) -> dict:
     difference, half, _ = row.get("difference", (0.0, 0.0, 1.0))
     show = "p" in row
     rank = {"lora matched": f" r={row['lines'][0]['rank']}"}.get(row["method"], "")
-    return {"method": row["method"] + rank, "lr": f"{row['lr']:.3g}" if row["lr"] else "-",
+    return {"method": row["method"] + rank, "n": str(len(row["lines"])),
+            "lr": f"{row['lr']:.3g}" if row["lr"] else "-",
             "accuracy": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
             "to LoRA": f"{difference:+.1f} ± {half:.1f}" if show else "",
             "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
@@ -826,13 +850,13 @@ def as_cells(row: dict) -> dict:
 # Figures
 
 
-def draw_figures(results: Results, tuning: range, seeds: range, folder: Path) -> None:
+def draw_figures(results: Results, tuning: range, least: int, folder: Path) -> None:
     """Accuracy against rank and against labels, for LoRA, matched LoRA and StructLoRA."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "structlora"           # the same file from the same data
     import matplotlib.pyplot as plt
-    rows = compared(results, tuning, seeds)
+    rows = compared(results, tuning, least)
     tasks = sorted({(row["cell"].backbone, row["cell"].task) for row in rows})
     for field, other in (("rank", "labels"), ("labels", "rank")):
         lines = [(task, fixed) for task in tasks for fixed in
@@ -943,6 +967,7 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                    help="default: all with --full, else " + ", ".join(CORE))
     p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 3 with --quick)")
+    p.add_argument("--first-seed", type=int, default=0, help="of the fresh seeds (default 0)")
     p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 1 with --quick)")
     p.add_argument("--processes", type=int, default=os.cpu_count())
     p.add_argument("--gpu", action="store_true", help="run on CUDA")
@@ -956,18 +981,18 @@ def main() -> None:
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
     if not (cells or args.table or args.figures or args.trace):
         p.error("say what to do: --quick, --full, --cells, --trace, --table or --figures")
-    tuning, seeds = range(100, 100 + args.tuning), range(args.seeds)
+    tuning, least = range(100, 100 + args.tuning), min(args.seeds, 10)
     if cells and not (args.table or args.figures):
         run_all(cells, args.methods or list(METHODS if args.full else CORE), args)
         print()
     if args.trace:
         trace(Results(args.results), args)
     elif args.figures:
-        draw_figures(Results(args.results), tuning, seeds, ROOT / ".github/figures")
+        draw_figures(Results(args.results), tuning, least, ROOT / ".github/figures")
         if (path := args.results / "trace.json").exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
-        print_tables(Results(args.results), tuning, seeds)
+        print_tables(Results(args.results), tuning, least)
 
 
 if __name__ == "__main__":

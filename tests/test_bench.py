@@ -69,7 +69,7 @@ def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
         fill(results, method, lambda lr: 0.5 + extra - abs(lr - 1e-2))
     for (_, method, lr, seed), line in results.lines.items():    # seeds differ, pairs do not
         line["accuracy"] += 0.01 * seed + (0.001 * seed if method == "lora" else 0)
-    rows = bench_accuracy.compared(results, TUNING, SEEDS)
+    rows = bench_accuracy.compared(results, TUNING, least=3)
     assert [row["method"] for row in rows] == ["lora", "structlora"]
     mean, half, _ = rows[1]["difference"]
     assert mean == pytest.approx(9.9) and half < 0.3 and rows[1]["p"] < 0.01
@@ -77,19 +77,35 @@ def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
     assert cells["to LoRA"].startswith("+9.9") and cells["merged rank"] == "4.4"
 
 
+def test_a_row_takes_the_seeds_that_it_shares_with_lora(tmp_path):
+    results = Results(tmp_path)
+    for method, extra in (("lora", 0.0), ("structlora", 0.1)):
+        fill(results, method, lambda lr: 0.5 + extra - abs(lr - 1e-2))
+    for method, seed in (("lora", 50), ("structlora", 51)):      # one that the other lacks
+        results.add({"cell": str(CELL), "method": method, "lr": 1e-2, "seed": seed, "rank": 2,
+                     "accuracy": 0.0})
+    lora, ours = bench_accuracy.compared(results, TUNING, least=3)
+    assert [line["seed"] for line in lora["lines"]] == [0, 1, 2, 50]
+    assert [line["seed"] for line in ours["lines"]] == [0, 1, 2]
+    assert ours["difference"][0] == pytest.approx(10)
+    assert [row["method"] for row in bench_accuracy.compared(results, TUNING, least=4)] == ["lora"]
+
+
 def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
-    row = lambda rank, method, *accuracies: {
-        "cell": CELL._replace(rank=rank), "method": method,
-        "lines": [{"accuracy": accuracy} for accuracy in accuracies]}
-    rows = [row(1, "lora", 0.5, 0.6), row(1, "structlora", 0.6, 0.6),
-            row(2, "lora", 0.5, 0.5), row(2, "structlora", 0.5, 0.5),
-            row(4, "lora", 0.0, 0.0)]                            # a cell without StructLoRA
+    def row(rank, mine, base):
+        lines, base = ([{"seed": seed, "accuracy": value} for seed, value in values.items()]
+                       for values in (mine, base))
+        return {"cell": CELL._replace(rank=rank), "method": "structlora", "lines": lines,
+                "base": base}
+    rows = [row(1, {0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.6, 2: 0.0}),     # seed 2: one cell only
+            row(2, {0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}),
+            {"cell": CELL, "method": "lora", "lines": []}]
     # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
     # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
     assert bench_accuracy.overall(rows) == {
-        "rank": "1, 2", "cells": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
+        "rank": "1, 2", "cells": "2", "seeds": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
         "p (uncorrected)": "0.500"}
-    assert bench_accuracy.overall(rows[4:]) == {}
+    assert bench_accuracy.overall(rows[2:]) == {}
 
 
 def test_calibration_error_by_hand():
