@@ -351,29 +351,31 @@ class Restless(Ours):
         self.adapters.observe_gradients()
 
 
-class Theta(Ours):
-    """The paper's Theta, which equation 6 leaves out, where it is small: in the coordinates of the
-    S r directions that reach a layer. B^T (diag M_l + Theta_l) A, Theta_l learned from zero, lets
-    each input direction lead to each output direction. Without a gate."""
-
-    def __init__(self, model, cell, **changes):
-        super().__init__(model, cell, gate="none", **changes)
-        for number, graph in enumerate(self.adapters.graphs):
+def add_theta(method, size: float = 1.0):
+    """A method with the paper's Theta, which equation 6 leaves out, where it is small: in the
+    coordinates of the S r directions that reach a layer. B^T (diag M_l + size Theta_l) A, Theta_l
+    learned from zero, lets each input direction lead to each output direction. No gate on it."""
+    def with_theta(model, cell):
+        ours = method(model, cell)
+        for number, graph in enumerate(ours.adapters.graphs):
             L, width = len(graph.names), graph.senders.shape[1] * cell.rank
             theta = nn.Parameter(torch.zeros(L, width, width, device=graph.A.device))
             model.register_parameter(f"theta{number}", theta)    # trained as a new head would be
             for name in graph.names:
-                self.adapters.layers[name].register_forward_hook(functools.partial(self.add, theta))
+                hook = functools.partial(through_theta, theta, size)
+                ours.adapters.layers[name].register_forward_hook(hook)
+        ours.finish = lambda: {"merged_rank": statistics.fmean(
+            g.senders.shape[1] * g.config.rank for g in ours.adapters.graphs)}
+        return ours
+    return with_theta
 
-    @staticmethod
-    def add(theta, layer, inputs, y):
-        graph, index = layer.place
-        A, B, _, _ = graph.messages_to(index)
-        return y + graph.config.alpha / graph.config.rank * (inputs[0] @ A.T @ theta[index] @ B)
 
-    def finish(self):
-        return {"merged_rank": statistics.fmean(g.senders.shape[1] * g.config.rank
-                                                for g in self.adapters.graphs)}
+def through_theta(theta, size, layer, inputs, y):
+    """Forward hook: y plus what Theta adds."""
+    graph, index = layer.place
+    A, B, _, _ = graph.messages_to(index)
+    scale = size * graph.config.alpha / graph.config.rank
+    return y + scale * (inputs[0] @ A.T @ theta[index] @ B)
 
 
 def random_importance(graph):
@@ -464,9 +466,12 @@ METHODS = {
     "full fine-tuning": Plain,
     "lora": lambda m, c: Ours(m, c, **PLAIN),
     "lora matched": lambda m, c: Ours(m, c, rank=c.rank, **PLAIN),       # c.rank is the matched one
+    "lora, theta": add_theta(lambda m, c: Ours(m, c, **PLAIN), 0.3),
     "lora dropout 0.1": lambda m, c: Ours(m, c, dropout=0.1, **PLAIN),
     "structlora": Ours,
     "structlora, signed": Signed,
+    "structlora, theta": add_theta(Ours, 0.3),
+    "structlora, signed, theta": add_theta(Signed, 0.3),
     "structlora, beta 1": lambda m, c: Ours(m, c, beta=1.0),
     "structlora, beta 1, edges never settle": lambda m, c: Restless(m, c, beta=1.0),
     "structlora, gate without noise": Quiet,
@@ -480,8 +485,8 @@ METHODS = {
                                  ("attention", "similarity", 1), ("attention", "random", 1),
                                  ("uniform", "hybrid", 1), ("uniform", "depth", 1),
                                  ("attention", "hybrid", 2), ("attention", "hybrid", 3))},
-    "coordinator only, theta, hybrid": Theta,
-    "coordinator only, theta, all": functools.partial(Theta, hops=3),
+    "coordinator only, theta, hybrid": add_theta(lambda m, c: Ours(m, c, **NO_GATE)),
+    "coordinator only, theta, all": add_theta(lambda m, c: Ours(m, c, hops=3, **NO_GATE)),
     "static cosine penalty": lambda m, c: Ours(m, c, static="cosine", **PLAIN),
     "static laplacian penalty": lambda m, c: Ours(m, c, static="laplacian", **PLAIN),
     "select r by gate": selected(),
