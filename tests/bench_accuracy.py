@@ -12,9 +12,10 @@ A cell is backbone:task:rank:labels. Labels are per class for images, in all for
 has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
-differences are paired. Every run is one line in the folder --results, in a file for each cell, and
-is never run twice. PEFT's methods need peft; the cells of CIFAR-10 its binary files, in the folder
-that the environment variable CIFAR10 names.
+differences are paired. Every run is one line in the folder --results and is never run twice.
+Another processor rounds differently and pretrains other backbones from the same seed: run all
+methods of a seed on one machine (--first-seed begins at seeds that nobody has run). PEFT's methods
+need peft; the cells of CIFAR-10 its binary files, in the folder that CIFAR10 names.
 """
 
 import argparse
@@ -53,7 +54,8 @@ CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
 TASKS = {"vit": ("pictures", "invert", "rotate", "classes"), "llama": ("headings", "code"),
          "llava": ("scenes", "cifar")}
 ON_CIFAR = ("invert", "rotate", "classes", "cifar")
-FRESH = range(100)                       # seeds below the tuning seeds
+FRESH = range(100)                       # seeds below the tuning seeds; a setting was settled with
+SEEN, UNSEEN = FRESH[:10], FRESH[10:]    # a look at the first ten, none with one at the others
 PASSAGE = 256                            # characters of a passage of text
 
 
@@ -549,7 +551,8 @@ def measured(p: Problem, model: nn.Module) -> dict:
 
 
 class Results:
-    """The lines of a folder, one file for each cell, by (cell, method, lr, seed)."""
+    """The lines of a folder, by (cell, method, lr, seed): two files for each cell, as those of the
+    tuning seeds are the most."""
 
     def __init__(self, folder: Path):
         self.folder, self.lines = folder, {}
@@ -566,7 +569,8 @@ class Results:
                 for key, value in line.items() if value is not None}
         self.remember(line)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{line['cell'].replace(':', '-')}.jsonl", "a") as file:
+        name = line["cell"].replace(":", "-") + "-tuning" * (line["seed"] not in FRESH)
+        with open(self.folder / f"{name}.jsonl", "a") as file:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def get(self, cell: Cell, method: str, lr: float, seeds) -> list[dict]:
@@ -784,7 +788,8 @@ def print_tables(results: Results, tuning: range, least: int) -> None:
     cells = [(cell, list(group)) for cell, group in groups]
     structlora.print_table([summary(*pair) for pair in cells])
     ranks = sorted({cell.rank for cell, _ in cells})
-    means = [overall([row for row in rows if row["cell"].rank in some])
+    means = [overall([row for row in rows if row["cell"].rank in some], seeds)
+             for seeds in (SEEN, UNSEEN)
              for some in (ranks, *([rank] for rank in ranks if len(ranks) > 1))]
     if any(means):
         print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
@@ -797,20 +802,25 @@ def print_tables(results: Results, tuning: range, least: int) -> None:
     print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
 
 
-def overall(rows: list[dict]) -> dict:
+def overall(rows: list[dict], among: range) -> dict:
     """A line on the mean difference of StructLoRA to LoRA over the cells that have both; {} if
     there are none. The mean over the cells is one observation for each seed that all have."""
-    rows = [row for row in rows if row["method"] == "structlora" and "base" in row]
-    if not rows:
+    gains = {}
+    for row in rows:
+        pairs = zip(row["lines"], row["base"]) if row["method"] == "structlora" else ()
+        gain = {mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
+                for mine, base in pairs if mine["seed"] in among}
+        if len(gain) > 1:
+            gains[row["cell"]] = gain
+    seeds = sorted(set.intersection(*map(set, gains.values()))) if gains else []
+    if len(seeds) < 2:
         return {}
-    gains = [{mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
-              for mine, base in zip(row["lines"], row["base"])} for row in rows]
-    seeds = set.intersection(*map(set, gains))
-    means = [statistics.fmean(gain[seed] for gain in gains) for seed in sorted(seeds)]
+    means = [statistics.fmean(gain[seed] for gain in gains.values()) for seed in seeds]
     difference, half, p = paired(means, [0.0] * len(means))
-    ranks = sorted({row["cell"].rank for row in rows})
-    return {"rank": ", ".join(map(str, ranks)), "cells": str(len(rows)), "seeds": str(len(seeds)),
-            "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}", "p (uncorrected)": f"{p:.3f}"}
+    return {"seeds": f"{seeds[0]} to {seeds[-1]}",
+            "rank": ", ".join(map(str, sorted({cell.rank for cell in gains}))),
+            "cells": str(len(gains)), "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}",
+            "p (uncorrected)": f"{p:.3f}"}
 
 
 def summary(cell: Cell, rows: list[dict]) -> dict:

@@ -102,10 +102,11 @@ def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
             {"cell": CELL, "method": "lora", "lines": []}]
     # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
     # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
-    assert bench_accuracy.overall(rows) == {
-        "rank": "1, 2", "cells": "2", "seeds": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
+    assert bench_accuracy.overall(rows, range(10)) == {
+        "seeds": "0 to 1", "rank": "1, 2", "cells": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
         "p (uncorrected)": "0.500"}
-    assert bench_accuracy.overall(rows[2:]) == {}
+    assert bench_accuracy.overall(rows, range(10, 100)) == {}
+    assert bench_accuracy.overall(rows[2:], range(10)) == {}
 
 
 def test_calibration_error_by_hand():
@@ -122,7 +123,7 @@ def test_committed_results_are_small_and_whole():
     assert sum(path.stat().st_size for path in paths) < 1e6
     lines_of = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
                 for path in paths}
-    assert all(line["cell"].replace(":", "-") == name
+    assert all(line["cell"].replace(":", "-") + "-tuning" * (line["seed"] >= 100) == name
                for name, lines in lines_of.items() for line in lines)
     lines = sum(lines_of.values(), [])
     keys = [(line["cell"], line["method"], line["lr"], line["seed"]) for line in lines]
