@@ -741,16 +741,17 @@ def holm(values: list[float]) -> list[float]:
     return result
 
 
-def compared(results: Results, tuning: range, least: int) -> list[dict]:
-    """A row for each cell and method that has `least` seeds in common with LoRA, in the order of
-    METHODS; differences are to LoRA of the same cell and seeds, p-values corrected over all rows."""
+def compared(results: Results, tuning: range, least: int, among: range = FRESH) -> list[dict]:
+    """A row for each cell and method that has `least` of these seeds in common with LoRA, in the
+    order of METHODS; differences are to LoRA of the same cell and seeds, p-values corrected over
+    all rows."""
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
     for cell in cells:
         best = {method: 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning)[1]
                 for method in METHODS}
-        fresh = {method: {line["seed"]: line for line in results.get(cell, method, lr, FRESH)}
+        fresh = {method: {line["seed"]: line for line in results.get(cell, method, lr, among)}
                  for method, lr in best.items() if lr is not None}
         lora = fresh.get("lora", {})
         for method, lines in fresh.items():
@@ -774,10 +775,10 @@ def compared(results: Results, tuning: range, least: int) -> list[dict]:
     return rows
 
 
-def print_tables(results: Results, tuning: range, least: int) -> None:
+def print_tables(results: Results, tuning: range, least: int, among: range) -> None:
     """A Markdown table with a line per cell, one per cell with a line per method, and the methods
     that no cell has."""
-    rows = compared(results, tuning, least)
+    rows = compared(results, tuning, least, among)
     if not rows:
         print(f"{results.folder}: nothing has been run on {least} seeds")
         return
@@ -807,7 +808,7 @@ def overall(rows: list[dict], among: range) -> dict:
     there are none. The mean over the cells is one observation for each seed that all have."""
     gains = {}
     for row in rows:
-        pairs = zip(row["lines"], row["base"]) if row["method"] == "structlora" else ()
+        pairs = zip(row["lines"], row.get("base", ())) if row["method"] == "structlora" else ()
         gain = {mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
                 for mine, base in pairs if mine["seed"] in among}
         if len(gain) > 1:
@@ -866,7 +867,8 @@ def as_cells(row: dict) -> dict:
 
 
 def draw_figures(results: Results, tuning: range, least: int, folder: Path) -> None:
-    """Accuracy against rank and against labels, for LoRA, matched LoRA and StructLoRA."""
+    """Accuracy against rank and against labels, for LoRA, matched LoRA and StructLoRA, on the seeds
+    that all three have."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "structlora"           # the same file from the same data
@@ -882,21 +884,28 @@ def draw_figures(results: Results, tuning: range, least: int, folder: Path) -> N
             continue
         figure, axes = plt.subplots(1, len(lines), figsize=(4.5 * len(lines), 3.2), squeeze=False)
         for axis, (task, fixed) in zip(axes[0], lines):
+            here = [row for row in rows if row["cell"][:2] == task
+                    and getattr(row["cell"], other) == fixed and row["method"] in CORE[1:]]
             for method in CORE[1:]:
-                mine = [row for row in rows if row["cell"][:2] == task and row["method"] == method
-                        and getattr(row["cell"], other) == fixed]
-                values = [[100 * line["accuracy"] for line in row["lines"]] for row in mine]
+                mine = [row for row in here if row["method"] == method]
+                values = [[100 * line["accuracy"] for line in of_all(row, here)] for row in mine]
                 error = [critical(len(v) - 1) * statistics.stdev(v) / len(v) ** 0.5 for v in values]
                 axis.errorbar([getattr(row["cell"], field) for row in mine],
                               list(map(statistics.fmean, values)), error, label=method, capsize=3)
             axis.set(xscale="log", xlabel=field, ylabel="accuracy (%)",
                      title=f"{' '.join(task)}, {other} {fixed}")
-            ticks = sorted({getattr(row["cell"], field) for row in rows if row["cell"][:2] == task
-                            and getattr(row["cell"], other) == fixed})
+            ticks = sorted({getattr(row["cell"], field) for row in here})
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
         axes[0][0].legend()
         save_figure(figure, folder / f"accuracy_{field}.svg")
+
+
+def of_all(row: dict, rows: list[dict]) -> list[dict]:
+    """The row's lines of the seeds that all rows of its cell have."""
+    seeds = set.intersection(*({line["seed"] for line in other["lines"]} for other in rows
+                               if other["cell"] == row["cell"]))
+    return [line for line in row["lines"] if line["seed"] in seeds]
 
 
 def draw_trace(path: Path, folder: Path) -> None:
@@ -982,7 +991,8 @@ def main() -> None:
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                    help="default: all with --full, else " + ", ".join(CORE))
     p.add_argument("--seeds", type=int, help="fresh seeds (default 10; 3 with --quick)")
-    p.add_argument("--first-seed", type=int, default=0, help="of the fresh seeds (default 0)")
+    p.add_argument("--first-seed", type=int, default=0,
+                   help="the first of the fresh seeds; with --table, of those shown (default 0)")
     p.add_argument("--tuning", type=int, help="tuning seeds (default 3; 1 with --quick)")
     p.add_argument("--processes", type=int, default=os.cpu_count())
     p.add_argument("--gpu", action="store_true", help="run on CUDA")
@@ -1007,7 +1017,7 @@ def main() -> None:
         if (path := args.results / "trace.json").exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
-        print_tables(Results(args.results), tuning, least)
+        print_tables(Results(args.results), tuning, least, FRESH[args.first_seed:])
 
 
 if __name__ == "__main__":
