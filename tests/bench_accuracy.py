@@ -54,6 +54,7 @@ CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
 TASKS = {"vit": ("pictures", "invert", "rotate", "classes"), "llama": ("headings", "code"),
          "llava": ("scenes", "cifar")}
 ON_CIFAR = ("invert", "rotate", "classes", "cifar")
+TUNING = range(100, 200)                 # seeds for learning rates
 FRESH = range(100)                       # seeds below the tuning seeds; a setting was settled with
 SEEN, UNSEEN = FRESH[:10], FRESH[10:]    # a look at the first ten, none with one at the others
 PASSAGE = 256                            # characters of a passage of text
@@ -580,15 +581,17 @@ class Results:
 
 
 def sweep(results: Results, cell: Cell, method: str, tuning: range) -> tuple[list, float | None]:
-    """(learning rates still to be tried, or []; the best one once all have been)."""
+    """(learning rates still to be tried, or []; the best one once all have been). Counted are the
+    tuning seeds that all rates have, so that a cell may have more than `tuning`."""
     rates = list(FULL_RATES if method in ("full fine-tuning", "head") else RATES)
     for _ in range(4):
-        means = {}
-        for lr in rates:
-            lines = results.get(cell, method, lr, tuning)
-            if len(lines) < len(tuning):
-                return rates, None
-            means[lr] = statistics.fmean(line["accuracy"] for line in lines)
+        tried = [{line["seed"]: line["accuracy"] for line in results.get(cell, method, lr, TUNING)}
+                 for lr in rates]
+        if not all(set(tuning) <= set(accuracy) for accuracy in tried):
+            return rates, None
+        seeds = set.intersection(*map(set, tried))
+        means = {lr: statistics.fmean(accuracy[seed] for seed in sorted(seeds))
+                 for lr, accuracy in zip(rates, tried)}
         best = max(means, key=means.get)
         if min(rates) < best < max(rates):
             break
@@ -783,7 +786,7 @@ def print_tables(results: Results, tuning: range, least: int, among: range) -> N
         print(f"{results.folder}: nothing has been run on {least} seeds")
         return
     tested = sum("p" in row for row in rows)
-    print(f"learning rates tuned on {len(tuning)} seeds; on n others: difference to LoRA in points "
+    print(f"learning rates tuned on {len(tuning)} seeds or more; on n others: difference to LoRA in points "
           f"with its 95% interval; p of the paired t-test, Holm-corrected over {tested} rows\n")
     groups = itertools.groupby(rows, lambda row: row["cell"])
     cells = [(cell, list(group)) for cell, group in groups]
@@ -837,7 +840,8 @@ def summary(cell: Cell, rows: list[dict]) -> dict:
     return {"backbone, task": f"{cell.backbone} {cell.task}", "rank": str(cell.rank),
             "labels": str(cell.labels), "frozen": get("frozen", "accuracy"),
             "LoRA": get("lora", "accuracy"), "n": get("structlora", "n"),
-            "StructLoRA": get("structlora", "to LoRA"), "p": get("structlora", "p"), "its loss": get("structlora", "loss to LoRA"),
+            "StructLoRA": get("structlora", "to LoRA"), "p": get("structlora", "p"),
+            "its loss": get("structlora", "loss to LoRA"),
             "LoRA of its merged rank": get("lora matched", "to LoRA"),
             "drift energy": both("drift", ".0f"), "adjacent cosine": both("cosine", ".2f")}
 
