@@ -54,6 +54,19 @@ def test_a_sweep_is_widened_until_its_best_lies_inside(tmp_path):
     assert again.lines == results.lines and not missing(again, CELL, "lora", TUNING, SEEDS)
 
 
+def test_a_sweep_counts_the_further_tuning_seeds_that_all_rates_have(tmp_path):
+    results = Results(tmp_path)
+    fill(results, "lora", lambda lr: -abs(lr - 1e-2))
+    assert sweep(results, CELL, "lora", TUNING) == ([], 1e-2)
+    further = [{"cell": str(CELL), "method": "lora", "lr": lr, "seed": 102, "rank": 2,
+                "accuracy": float(lr == 2e-2)} for lr in bench_accuracy.RATES]
+    for line in further[:-1]:
+        results.add(line)
+    assert sweep(results, CELL, "lora", TUNING) == ([], 1e-2)    # a rate has not been run on 102
+    results.add(further[-1])
+    assert sweep(results, CELL, "lora", TUNING) == ([], 2e-2)
+
+
 def test_the_matched_rank_is_structloras_and_waits_for_it(tmp_path):
     results = Results(tmp_path)
     assert missing(results, CELL, "lora matched", TUNING, SEEDS) == []
