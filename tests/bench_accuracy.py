@@ -786,8 +786,8 @@ def print_tables(results: Results, tuning: range, least: int, among: range) -> N
         print(f"{results.folder}: nothing has been run on {least} seeds")
         return
     tested = sum("p" in row for row in rows)
-    print(f"learning rates tuned on {len(tuning)} seeds or more; on n others: difference to LoRA in "
-          "points with its 95% interval; p of the paired t-test, Holm-corrected over "
+    print(f"learning rates tuned on {len(tuning)} seeds or more; on n others: difference to LoRA "
+          "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
           f"{tested} rows\n")
     groups = itertools.groupby(rows, lambda row: row["cell"])
     cells = [(cell, list(group)) for cell, group in groups]
