@@ -768,10 +768,9 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH) 
             rows.append(row)
     tested = [row for row in rows if "base" in row]
     for row in tested:
-        both = lambda key, factor, missing: [[factor * line.get(key, missing) for line in lines]
-                                             for lines in (row["lines"], row["base"])]
-        row["difference"] = paired(*both("accuracy", 100, 0.0))
-        losses = both("loss", 1, math.inf)
+        sides = row["lines"], row["base"]
+        row["difference"] = paired(*([100 * line["accuracy"] for line in side] for side in sides))
+        losses = [[line.get("loss", math.inf) for line in side] for side in sides]
         row["loss"] = paired(*losses) if math.inf not in sum(losses, []) else None
     for row, p in zip(tested, holm([row["difference"][2] for row in tested])):
         row["p"] = p
