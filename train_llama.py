@@ -1103,17 +1103,18 @@ def save_meta(model: Llama, folder: Path, **more) -> None:
     structlora.write_json(folder / "params.json", params | more)
 
 
-def pretrained(source: list[Example], held: list[Example], tokenizer: Any, args) -> Path:
+def pretrained(source: list[Example], held: list[Example], tokenizer: Any, args,
+               width: int = 64) -> Path:
     """Folder of a small LLaMA pretrained on `source`; kept under --out, and made anew when the
     options that it depends on have changed."""
     folder = Path(args.out) / "backbone"
-    recipe = [args.data, args.tokenizer, args.pretrain_steps, args.max_length, args.seed]
+    recipe = [args.data, args.tokenizer, args.pretrain_steps, args.max_length, args.seed, width]
     sizes = folder / "params.json"               # written last
     if structlora.has_backbone(sizes, structlora.read_json, recipe, args):
         return folder
     torch.manual_seed(args.seed)
-    config = LlamaConfig(tokenizer.vocab_size, dim=64, num_layers=4, num_heads=4, num_kv_heads=2,
-                         head_dim=16, hidden_dim=176)
+    config = LlamaConfig(tokenizer.vocab_size, dim=width, num_layers=4, num_heads=width // 16,
+                         num_kv_heads=width // 32, head_dim=16, hidden_dim=11 * width // 4)
     model = Llama(config).initialise().to(args.device)
     task = make_task(source, held, tokenizer, args, batch_size=16)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=4e-3)

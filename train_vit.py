@@ -603,23 +603,23 @@ def draw(count: int, seed: int, shifted: bool) -> Images:
     return Images(torch.from_numpy(pixels), torch.from_numpy(label))
 
 
-def small_vit(size: int, classes: int) -> ViT:
-    """A ViT that two CPU cores can pretrain: 6 layers of width 64, patches of 4 x 4."""
-    config = ViTConfig(image_size=size, patch_size=4, width=64, depth=6, heads=4, mlp=256,
-                       classes=classes)
+def small_vit(size: int, classes: int, width: int = 64) -> ViT:
+    """A ViT that two CPU cores can pretrain: 6 layers, heads of 16, patches of 4 x 4."""
+    config = ViTConfig(image_size=size, patch_size=4, width=width, depth=6, heads=width // 16,
+                       mlp=4 * width, classes=classes)
     return ViT(config).initialise()
 
 
-def pretrained(train: Images, test: Images, args) -> Path:
+def pretrained(train: Images, test: Images, args, width: int = 64) -> Path:
     """Path of a small ViT pretrained on `train`; kept under --out, and made anew when the options
     that it depends on have changed."""
     path = Path(args.out) / "backbone.pth"
-    recipe = json.dumps([args.data, args.source_classes, args.pretrain_steps, args.seed])
+    recipe = json.dumps([args.data, args.source_classes, args.pretrain_steps, args.seed, width])
     if structlora.has_backbone(path, structlora.read_torch, recipe, args):
         return path
     torch.manual_seed(args.seed)
     size = args.image_size or (32 if args.data else 24)
-    model = small_vit(size, 1 + int(train.labels.max())).to(args.device)
+    model = small_vit(size, 1 + int(train.labels.max()), width).to(args.device)
     task = make_task(train.decoded(size), test.decoded(size), model.config, args, batch_size=64)
     structlora.pretrain(model, task, args, args.pretrain_steps, lr=2e-3)
     structlora.on_rank_zero(save_vit, model, path, recipe=recipe)

@@ -51,9 +51,9 @@ STEPS = {"vit": 300, "llama": 200, "llava": 200}
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
 CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
-TASKS = {"vit": ("pictures", "invert", "rotate", "classes"), "llama": ("headings", "code"),
-         "llava": ("scenes", "cifar")}
-ON_CIFAR = ("invert", "rotate", "classes", "cifar")
+TASKS = {"vit": ("pictures", "invert", "rotate", "classes", "wide-invert"),
+         "llama": ("headings", "code", "wide-headings"), "llava": ("scenes", "cifar")}
+ON_CIFAR = ("invert", "rotate", "classes", "wide-invert", "cifar")
 TUNING = range(100, 200)                 # seeds for learning rates
 FRESH = range(100)                       # seeds below the tuning seeds; a setting was settled with
 SEEN, UNSEEN = FRESH[:10], FRESH[10:]    # a look at the first ten, none with one at the others
@@ -69,6 +69,16 @@ class Cell(NamedTuple):
 
     def __str__(self):
         return ":".join(map(str, self))
+
+    @property
+    def kind(self) -> str:
+        """The task, whatever the backbone's width."""
+        return self.task.removeprefix("wide-")
+
+    @property
+    def width(self) -> int:
+        """Of the backbone."""
+        return 128 if self.task.startswith("wide-") else 64
 
 
 class Problem(NamedTuple):
@@ -107,23 +117,24 @@ def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor
 def vit_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
     """"pictures": those the script draws; "invert", "rotate", "classes": CIFAR-10, whose one
     backbone serves all seeds."""
-    if cell.task == "pictures":
+    if cell.kind == "pictures":
         draw, classes, shift = train_vit.draw, 10, train_vit.SHIFTS["none"]
         args = options(cell, seed, cache, device, batch_size=32, pretrain_steps=500)
         source = draw(8000, 10 * seed, False), draw(1000, 10 * seed + 1, False)
         train, test = draw(8000, 10 * seed + 2, True), draw(1000, 10 * seed + 3, True)
         backbone = args
     else:
-        listed = "0,1,2,3,4" if cell.task == "classes" else None
+        listed = "0,1,2,3,4" if cell.kind == "classes" else None
         args = options(cell, seed, cache, device, batch_size=32, pretrain_steps=3000,
                        data=str(CIFAR), source_classes=listed)
         train, test, classes = train_vit.read_images(CIFAR)
-        source, shift = (train, test), train_vit.SHIFTS.get(cell.task, lambda x: x)
+        source, shift = (train, test), train_vit.SHIFTS.get(cell.kind, lambda x: x)
         if listed:
             source, (train, test), classes = train_vit.split_classes(train, test, classes, listed)
-        backbone = argparse.Namespace(**vars(args) | {"seed": 0, "out": cache / f"vit-{listed}"})
+        out = cache / f"vit-{listed}-{cell.width}"
+        backbone = argparse.Namespace(**vars(args) | {"seed": 0, "out": out})
     Path(backbone.out).mkdir(parents=True, exist_ok=True)
-    path = train_vit.pretrained(*source, backbone)
+    path = train_vit.pretrained(*source, backbone, cell.width)
     train = train.select(structlora.choose(train.labels, cell.labels, None, seed))
     load = functools.partial(train_vit.load_vit, path, classes)
     model = load()
@@ -143,7 +154,7 @@ def llama_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
     for all seeds, pretrained on the prose of Python's own manual, adapted to its library's source:
     real text that everybody has."""
     tokenizer = train_llama.Bytes()
-    if cell.task == "code":
+    if cell.kind == "code":
         backbone = options(cell, 0, cache, device, pretrain_steps=2000, max_length=PASSAGE,
                            batch_size=16)
         source, train, test = passages()
@@ -154,14 +165,14 @@ def llama_problem(cell: Cell, seed: int, cache: Path, device: str) -> Problem:
         source, held = write(8000, 10 * seed, False), write(200, 10 * seed + 1, False)
         train, test = write(8000, 10 * seed + 2, True), write(500, 10 * seed + 3, True)
     args = argparse.Namespace(**vars(backbone) | {"seed": seed})
-    folder = train_llama.pretrained(source, held, tokenizer, backbone)
+    folder = train_llama.pretrained(source, held, tokenizer, backbone, cell.width)
     train = train_llama.choose(train, cell.labels, None, seed)
     task = train_llama.make_task(train, test, tokenizer, args, args.batch_size)
     encode = lambda e, choice: train_llama.encode_rows(tokenizer, e.prompt, choice,
                                                        args.max_length, False)[0]
     rows = [encode(e, choice) for e in test for choice in e.choices]
     load = lambda: train_llama.load_llama(folder, torch.float32, device)
-    measure = measure_choices if cell.task == "headings" else measure_text
+    measure = measure_choices if cell.kind == "headings" else measure_text
     return Problem(load, task, functools.partial(measure, test=test, rows=rows, args=args), args,
                    train_head=False)
 
@@ -607,7 +618,7 @@ def missing(results: Results, cell: Cell, method: str, tuning: range, seeds: ran
         rates, seeds_of = [0.0], seeds
     else:
         if method == "lora matched":
-            rank = matched_rank(results, cell, tuning, seeds)
+            rank = matched_rank(results, cell, tuning)
             if rank is None:
                 return []
         rates, best = sweep(results, cell, method, tuning)
@@ -616,7 +627,7 @@ def missing(results: Results, cell: Cell, method: str, tuning: range, seeds: ran
             if (str(cell), method, lr, seed) not in results.lines]
 
 
-def matched_rank(results: Results, cell: Cell, tuning: range, seeds: range) -> int | None:
+def matched_rank(results: Results, cell: Cell, tuning: range) -> int | None:
     """StructLoRA's mean merged rank in its sweep at the best rate, rounded; None before that."""
     _, best = sweep(results, cell, "structlora", tuning)
     lines = results.get(cell, "structlora", best, tuning) if best else []
@@ -653,9 +664,9 @@ def run_all(cells: list[Cell], methods: list[str], args) -> None:
 
 def prepare(pool, jobs: list[tuple], cache: Path, device: str) -> None:
     """Pretrains each backbone once, before two workers would at the same time."""
-    own = lambda cell: cell.task in ("pictures", "headings", "scenes")   # a backbone for each seed
-    first = {(cell.backbone, cell.task in ("classes", "code"), own(cell) and seed): (cell, seed)
-             for cell, _, _, seed, _ in jobs}
+    own = lambda cell: cell.kind in ("pictures", "headings", "scenes")   # a backbone for each seed
+    first = {(cell.backbone, cell.width, cell.kind in ("classes", "code"), own(cell) and seed):
+             (cell, seed) for cell, _, _, seed, _ in jobs}
     list(pool.map(warm, [(cell, seed, cache, device) for cell, seed in first.values()]))
 
 
@@ -671,7 +682,7 @@ def trace(results: Results, args) -> None:
     tuning = range(100, 100 + args.tuning)
     for method in ("lora", "lora matched", "structlora"):
         _, lr = sweep(results, cell, method, tuning)
-        matched = method == "lora matched" and matched_rank(results, cell, tuning, range(0))
+        matched = method == "lora matched" and matched_rank(results, cell, tuning)
         p = problem(cell, 0, args.cache, device)
         torch.manual_seed(0)
         model = p.load().to(device)

@@ -72,7 +72,7 @@ def test_the_matched_rank_is_structloras_and_waits_for_it(tmp_path):
     assert missing(results, CELL, "lora matched", TUNING, SEEDS) == []
     fill(results, "structlora", lambda lr: -abs(lr - 1e-2))
     assert sweep(results, CELL, "structlora", TUNING) == ([], 1e-2)
-    assert matched_rank(results, CELL, TUNING, SEEDS) == 4
+    assert matched_rank(results, CELL, TUNING) == 4
     assert {job[4] for job in missing(results, CELL, "lora matched", TUNING, SEEDS)} == {4}
 
 
