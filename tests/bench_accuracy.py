@@ -8,7 +8,8 @@
     python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
 
 A cell is backbone:task:rank:labels. Labels are per class for images, in all for text (passages of
-256 characters for "code"), and questions and as many captions for LLaVA. In each, every method
+256 characters for "code"), and questions and as many captions for LLaVA. The backbones have the
+width 64, those of the tasks "wide-..." 128. In each cell, every method
 has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
 while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
 decides the pretrained backbone, the labelled examples and the test set, alike for all methods:

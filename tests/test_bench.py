@@ -1,5 +1,6 @@
 """bench_accuracy.py: its statistics, and what it decides to run next."""
 
+import dataclasses
 import json
 import statistics
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import bench_accuracy
+import train_vit
 from bench_accuracy import (Cell, Results, critical, holm, matched_rank, missing, paired, student,
                             sweep)
 
@@ -120,6 +122,15 @@ def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
         "p (uncorrected)": "0.500"}
     assert bench_accuracy.overall(rows, range(10, 100)) == {}
     assert bench_accuracy.overall(rows[2:], range(10)) == {}
+
+
+def test_a_wide_task_is_the_same_task_on_a_wider_backbone():
+    plain, wide = (Cell("vit", task, 1, 50) for task in ("invert", "wide-invert"))
+    assert (plain.kind, plain.width, wide.kind, wide.width) == ("invert", 64, "invert", 128)
+    for tasks in bench_accuracy.TASKS.values():
+        assert {Cell("", task, 1, 1).kind for task in tasks} <= set(tasks)
+    narrow, wide = (train_vit.small_vit(16, 10, cell.width).config for cell in (plain, wide))
+    assert wide == dataclasses.replace(narrow, width=128, heads=8, mlp=512)
 
 
 def test_calibration_error_by_hand():
