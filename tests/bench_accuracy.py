@@ -907,7 +907,8 @@ def draw_figures(results: Results, tuning: range, least: int, folder: Path) -> N
                 values = [[100 * line["accuracy"] for line in of_all(row, here)] for row in mine]
                 error = [critical(len(v) - 1) * statistics.stdev(v) / len(v) ** 0.5 for v in values]
                 axis.errorbar([getattr(row["cell"], field) for row in mine],
-                              list(map(statistics.fmean, values)), error, label=method, capsize=3)
+                              list(map(statistics.fmean, values)), error, fmt="o-", markersize=3,
+                              label=method, capsize=3)
             axis.set(xscale="log", xlabel=field, ylabel="accuracy (%)",
                      title=f"{' '.join(task)}, {other} {fixed}")
             ticks = sorted({getattr(row["cell"], field) for row in here})
