@@ -8,12 +8,12 @@
     python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
 
 A cell is backbone:task:rank:labels. Labels are per class for images, in all for text (passages of
-256 characters for "code"), and questions and as many captions for LLaVA. The backbones have the
-width 64, those of the tasks "wide-..." 128. In each cell, every method
-has its learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more
-while the best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed
-decides the pretrained backbone, the labelled examples and the test set, alike for all methods:
-differences are paired. Every run is one line in the folder --results and is never run twice.
+256 characters for "code"), and questions and as many captions for LLaVA. The backbones have width
+64, those of the tasks "wide-..." 128. In each cell, every method has its learning rate swept on the
+tuning seeds 100, 101, ... (four values a factor 2 apart, more while the best lies at an edge), and
+is then run on the seeds 0, 1, ... with the best. A seed decides the pretrained backbone, the
+labelled examples and the test set, alike for all methods: differences are paired. Every run is one
+line in the folder --results and is never run twice.
 Another processor rounds differently and pretrains other backbones from the same seed: run all
 methods of a seed on one machine (--first-seed begins at seeds that nobody has run). PEFT's methods
 need peft; the cells of CIFAR-10 its binary files, in the folder that CIFAR10 names.
