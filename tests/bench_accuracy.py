@@ -1,6 +1,7 @@
 """Does it work? Every method tuned alike, compared on fresh seeds, negative results printed.
 
-    python tests/bench_accuracy.py --quick              under 10 minutes on 2 cores
+    python tests/bench_accuracy.py --quick              under 10 minutes on 2 cores (--backbone:
+                                                        vit, llama or llava)
     python tests/bench_accuracy.py --full               every cell and method (days on 2 cores)
     python tests/bench_accuracy.py --cells vit:pictures:2:50 --methods lora structlora
     python tests/bench_accuracy.py --trace              what happens inside, LoRA beside StructLoRA
@@ -80,6 +81,10 @@ class Cell(NamedTuple):
     def width(self) -> int:
         """Of the backbone."""
         return 128 if self.task.startswith("wide-") else 64
+
+
+QUICK = {"vit": Cell("vit", "pictures", 2, 50), "llama": Cell("llama", "headings", 2, 128),
+         "llava": Cell("llava", "scenes", 2, 200)}
 
 
 class Problem(NamedTuple):
@@ -972,10 +977,8 @@ def save_figure(figure, path: Path) -> None:
 # Main
 
 
-def grid(full: bool) -> list[Cell]:
-    """--full: the whole grid; --quick: a cell of each backbone."""
-    if not full:
-        return [Cell("vit", "pictures", 2, 50), Cell("llama", "headings", 2, 128)]
+def grid() -> list[Cell]:
+    """All cells of --full."""
     ranks, labels = (1, 2, 4, 8, 16), (10, 20, 50, 200, 1000)
     grids = {"vit": (ranks, labels), "llama": (ranks, (32, 128, 512)), "llava": (ranks, (50, 200))}
     return [Cell(backbone, task, *parts) for backbone, tasks in TASKS.items() for task in tasks
@@ -1019,7 +1022,8 @@ def main() -> None:
     args.seeds = args.seeds or (3 if args.quick else 10)
     args.tuning = args.tuning or (1 if args.quick else 3)
     args.results = args.results or ROOT / ("out/bench/quick" if args.quick else "tests/results")
-    cells = args.cells or (grid(args.full) if args.quick or args.full else [])
+    quick = [QUICK[args.backbone or "vit"]] if args.quick else []
+    cells = args.cells or quick or (grid() if args.full else [])
     cells = [cell for cell in cells if args.backbone in (None, cell.backbone)]
     if not (cells or args.table or args.figures or args.trace):
         p.error("say what to do: --quick, --full, --cells, --trace, --table or --figures")
