@@ -6,6 +6,7 @@
     python tests/bench_accuracy.py --cells vit:pictures:2:50 --methods lora structlora
     python tests/bench_accuracy.py --trace              what happens inside, LoRA beside StructLoRA
     python tests/bench_accuracy.py --table              the tables of what has been run
+    python tests/bench_accuracy.py --table --against structlora     and another method than LoRA
     python tests/bench_accuracy.py --figures            the README's pictures; needs matplotlib
 
 A cell is backbone:task:rank:labels. Labels are per class for images, in all for text (passages of
@@ -761,10 +762,11 @@ def holm(values: list[float]) -> list[float]:
     return result
 
 
-def compared(results: Results, tuning: range, least: int, among: range = FRESH) -> list[dict]:
-    """A row for each cell and method that has `least` of these seeds in common with LoRA, in the
-    order of METHODS; differences are to LoRA of the same cell and seeds, p-values corrected over
-    all rows."""
+def compared(results: Results, tuning: range, least: int, among: range = FRESH,
+             against: str = "lora") -> list[dict]:
+    """A row for each cell and method that has `least` of these seeds in common with `against`, in
+    the order of METHODS; differences are to that method on the same cell and seeds, p-values
+    corrected over all rows."""
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
@@ -773,15 +775,15 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH) 
                 for method in METHODS}
         fresh = {method: {line["seed"]: line for line in results.get(cell, method, lr, among)}
                  for method, lr in best.items() if lr is not None}
-        lora = fresh.get("lora", {})
+        other = fresh.get(against, {})
         for method, lines in fresh.items():
-            shared = [seed for seed in lines if seed in lora or not lora]
+            shared = [seed for seed in lines if seed in other or not other]
             if len(shared) < least:
                 continue
-            row = {"cell": cell, "method": method, "lr": best[method],
+            row = {"cell": cell, "method": method, "lr": best[method], "against": against,
                    "lines": [lines[seed] for seed in shared]}
-            if lora and method != "lora":
-                row["base"] = [lora[seed] for seed in shared]
+            if other and method != against:
+                row["base"] = [other[seed] for seed in shared]
             rows.append(row)
     tested = [row for row in rows if "base" in row]
     for row in tested:
@@ -794,19 +796,41 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH) 
     return rows
 
 
-def print_tables(results: Results, tuning: range, least: int, among: range) -> None:
+def print_tables(results: Results, tuning: range, least: int, among: range,
+                 against: str = "lora") -> None:
     """A Markdown table with a line per cell, one per cell with a line per method, and the methods
-    that no cell has."""
-    rows = compared(results, tuning, least, among)
+    that no cell has. Against another method than LoRA: those of the cells that have it, alone."""
+    rows = compared(results, tuning, least, among, against)
+    if against != "lora":
+        having = {row["cell"] for row in rows if "base" in row}
+        rows = [row for row in rows if row["cell"] in having]
     if not rows:
         print(f"{results.folder}: nothing has been run on {least} seeds")
         return
     tested = sum("p" in row for row in rows)
-    print(f"learning rates tuned on {len(tuning)} seeds or more; on n others: difference to LoRA "
-          "in points with its 95% interval; p of the paired t-test, Holm-corrected over "
-          f"{tested} rows\n")
+    print(f"learning rates tuned on {len(tuning)} seeds or more; on n others: difference to "
+          f"{shown(against)} in points with its 95% interval; p of the paired t-test, "
+          f"Holm-corrected over {tested} rows")
     groups = itertools.groupby(rows, lambda row: row["cell"])
     cells = [(cell, list(group)) for cell, group in groups]
+    if against == "lora":
+        print_overview(rows, cells)
+    for cell, group in cells:
+        print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
+        structlora.print_table([as_cells(row) for row in group])
+    present = {row["method"] for row in rows}
+    absent = [method for method in METHODS if method not in present]
+    print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
+
+
+def shown(method: str) -> str:
+    """The method's name in the head of a column."""
+    return "LoRA" if method == "lora" else method
+
+
+def print_overview(rows: list[dict], cells: list[tuple]) -> None:
+    """The table with a line per cell, and the means over cells."""
+    print()
     structlora.print_table([summary(*pair) for pair in cells])
     ranks = sorted({cell.rank for cell, _ in cells})
     means = [overall([row for row in rows if row["cell"].rank in some], seeds)
@@ -815,12 +839,6 @@ def print_tables(results: Results, tuning: range, least: int, among: range) -> N
     if any(means):
         print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
         structlora.print_table([line for line in means if line])
-    for cell, group in cells:
-        print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
-        structlora.print_table([as_cells(row) for row in group])
-    present = {row["method"] for row in rows}
-    absent = [method for method in METHODS if method not in present]
-    print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
 
 
 def overall(rows: list[dict], among: range) -> dict:
@@ -846,8 +864,8 @@ def overall(rows: list[dict], among: range) -> dict:
 
 def summary(cell: Cell, rows: list[dict]) -> dict:
     """A line of the first table: LoRA, and what StructLoRA and more parameters add to it."""
-    shown = {row["method"]: as_cells(row) for row in rows}
-    get = lambda method, key: shown.get(method, {}).get(key, "") or "-"
+    texts = {row["method"]: as_cells(row) for row in rows}
+    get = lambda method, key: texts.get(method, {}).get(key, "") or "-"
     lines = {row["method"]: row["lines"] for row in rows}
 
     def both(key, form):                     # of LoRA -> of StructLoRA
@@ -870,14 +888,14 @@ def as_cells(row: dict) -> dict:
         return format(statistics.fmean(values), form) if values else "-"
     accuracy = [100 * line["accuracy"] for line in row["lines"]]
     difference, half, _ = row.get("difference", (0.0, 0.0, 1.0))
-    show = "p" in row
+    show, to = "p" in row, shown(row["against"])
     rank = {"lora matched": f" r={row['lines'][0]['rank']}"}.get(row["method"], "")
     return {"method": row["method"] + rank, "n": str(len(row["lines"])),
             "lr": f"{row['lr']:.3g}" if row["lr"] else "-",
             "accuracy": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
-            "to LoRA": f"{difference:+.1f} ± {half:.1f}" if show else "",
+            f"to {to}": f"{difference:+.1f} ± {half:.1f}" if show else "",
             "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
-            "loss to LoRA": "{:+.3f} ± {:.3f}".format(*row["loss"]) if row.get("loss") else "",
+            f"loss to {to}": "{:+.3f} ± {:.3f}".format(*row["loss"]) if row.get("loss") else "",
             **({"CIDEr": mean("cider", ".1f", 100)} if row["cell"].backbone == "llava" else
                {"calibration error": mean("ece", ".1f", 100)}), "trainable": mean("trainable", ",.0f"),
             "merged rank": mean("merged_rank", ".1f"), "ms/step": mean("ms", ".1f")}
@@ -1007,6 +1025,8 @@ def main() -> None:
     p.add_argument("--figures", action="store_true")
     p.add_argument("--trace", action="store_true")
     p.add_argument("--cells", nargs="+", type=parse_cell, default=[])
+    p.add_argument("--against", choices=list(METHODS), default="lora", metavar="METHOD",
+                   help="with --table: what the others are compared with (default lora)")
     p.add_argument("--backbone", choices=list(PROBLEMS), help="only the cells of this one")
     p.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD",
                    help="default: all with --full, else " + ", ".join(CORE))
@@ -1038,7 +1058,8 @@ def main() -> None:
         if (path := args.results / "trace.json").exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
-        print_tables(Results(args.results), tuning, least, FRESH[args.first_seed:])
+        print_tables(Results(args.results), tuning, least, FRESH[args.first_seed:],
+                     args.against)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,9 @@ def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
     assert mean == pytest.approx(9.9) and half < 0.3 and rows[1]["p"] < 0.01
     cells = bench_accuracy.as_cells(rows[1])
     assert cells["to LoRA"].startswith("+9.9") and cells["merged rank"] == "4.4"
+    lora, ours = bench_accuracy.compared(results, TUNING, least=3, against="structlora")
+    assert lora["difference"][0] == pytest.approx(-9.9) and "difference" not in ours
+    assert bench_accuracy.as_cells(lora)["to structlora"].startswith("-9.9")
 
 
 def test_a_row_takes_the_seeds_that_it_shares_with_lora(tmp_path):
