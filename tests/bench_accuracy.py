@@ -832,10 +832,13 @@ def print_overview(rows: list[dict], cells: list[tuple]) -> None:
     """The table with a line per cell, and the means over cells."""
     print()
     structlora.print_table([summary(*pair) for pair in cells])
-    ranks = sorted({cell.rank for cell, _ in cells})
-    means = [overall([row for row in rows if row["cell"].rank in some], seeds)
-             for seeds in (SEEN, UNSEEN)
-             for some in (ranks, *([rank] for rank in ranks if len(ranks) > 1))]
+    picks = [lambda cell: True]              # all cells, then those of one rank, or of one width
+    for field in ("rank", "width"):
+        values = sorted({getattr(cell, field) for cell, _ in cells})
+        picks += [lambda cell, field=field, value=value: getattr(cell, field) == value
+                  for value in values if len(values) > 1]
+    means = [overall([row for row in rows if pick(row["cell"])], seeds)
+             for seeds in (SEEN, UNSEEN) for pick in picks]
     if any(means):
         print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
         structlora.print_table([line for line in means if line])
@@ -858,6 +861,7 @@ def overall(rows: list[dict], among: range) -> dict:
     difference, half, p = paired(means, [0.0] * len(means))
     return {"seeds": f"{seeds[0]} to {seeds[-1]}",
             "rank": ", ".join(map(str, sorted({cell.rank for cell in gains}))),
+            "width": ", ".join(map(str, sorted({cell.width for cell in gains}))),
             "cells": str(len(gains)), "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}",
             "p (uncorrected)": f"{p:.3f}"}
 

@@ -121,7 +121,8 @@ def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
     # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
     # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
     assert bench_accuracy.overall(rows, range(10)) == {
-        "seeds": "0 to 1", "rank": "1, 2", "cells": "2", "StructLoRA to LoRA": "+2.5 ± 31.8",
+        "seeds": "0 to 1", "rank": "1, 2", "width": "64", "cells": "2",
+        "StructLoRA to LoRA": "+2.5 ± 31.8",
         "p (uncorrected)": "0.500"}
     assert bench_accuracy.overall(rows, range(10, 100)) == {}
     assert bench_accuracy.overall(rows[2:], range(10)) == {}
