@@ -820,7 +820,7 @@ def print_tables(results: Results, tuning: range, least: int, among: range,
         structlora.print_table([as_cells(row) for row in group])
     present = {row["method"] for row in rows}
     absent = [method for method in METHODS if method not in present]
-    print("\nnot run in any cell: " + ("; ".join(absent) or "none"))
+    print("\nnot run in any of these cells: " + ("; ".join(absent) or "none"))
 
 
 def shown(method: str) -> str:
