@@ -814,7 +814,7 @@ def print_tables(results: Results, tuning: range, least: int, among: range,
     groups = itertools.groupby(rows, lambda row: row["cell"])
     cells = [(cell, list(group)) for cell, group in groups]
     if against == "lora":
-        print_overview(rows, cells)
+        print_overview(cells)
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
@@ -828,17 +828,18 @@ def shown(method: str) -> str:
     return "LoRA" if method == "lora" else method
 
 
-def print_overview(rows: list[dict], cells: list[tuple]) -> None:
-    """The table with a line per cell, and the means over cells."""
+def print_overview(cells: list[tuple]) -> None:
+    """The table with a line per cell, and the means over all cells, over those of one rank and over
+    those of one width. cells: (cell, its rows)."""
     print()
     structlora.print_table([summary(*pair) for pair in cells])
-    picks = [lambda cell: True]              # all cells, then those of one rank, or of one width
+    subsets = [cells]
     for field in ("rank", "width"):
         values = sorted({getattr(cell, field) for cell, _ in cells})
-        picks += [lambda cell, field=field, value=value: getattr(cell, field) == value
-                  for value in values if len(values) > 1]
-    means = [overall([row for row in rows if pick(row["cell"])], seeds)
-             for seeds in (SEEN, UNSEEN) for pick in picks]
+        subsets += [[pair for pair in cells if getattr(pair[0], field) == value]
+                    for value in values if len(values) > 1]
+    means = [overall([row for _, rows in subset for row in rows], seeds)
+             for seeds in (SEEN, UNSEEN) for subset in subsets]
     if any(means):
         print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
         structlora.print_table([line for line in means if line])
@@ -1062,8 +1063,7 @@ def main() -> None:
         if (path := args.results / "trace.json").exists():
             draw_trace(path, ROOT / ".github/figures")
     else:
-        print_tables(Results(args.results), tuning, least, FRESH[args.first_seed:],
-                     args.against)
+        print_tables(Results(args.results), tuning, least, FRESH[args.first_seed:], args.against)
 
 
 if __name__ == "__main__":
