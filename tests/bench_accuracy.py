@@ -11,11 +11,11 @@
 
 A cell is backbone:task:rank:labels. Labels are per class for images, in all for text (passages of
 256 characters for "code"), and questions and as many captions for LLaVA. The backbones have width
-64, those of the tasks "wide-..." 128. In each cell, every method has its learning rate swept on the
-tuning seeds 100, 101, ... (four values a factor 2 apart, more while the best lies at an edge), and
-is then run on the seeds 0, 1, ... with the best. A seed decides the pretrained backbone, the
-labelled examples and the test set, alike for all methods: differences are paired. Every run is one
-line in the folder --results and is never run twice.
+64, those of the tasks "wide-..." 128, of "wider-..." 256. In each cell, every method has its
+learning rate swept on the tuning seeds 100, 101, ... (four values a factor 2 apart, more while the
+best lies at an edge), and is then run on the seeds 0, 1, ... with the best. A seed decides the
+pretrained backbone, the labelled examples and the test set, alike for all methods: differences are
+paired. Every run is one line in the folder --results and is never run twice.
 Another processor rounds differently and pretrains other backbones from the same seed: run all
 methods of a seed on one machine (--first-seed begins at seeds that nobody has run). PEFT's methods
 need peft; the cells of CIFAR-10 its binary files, in the folder that CIFAR10 names.
@@ -54,8 +54,10 @@ STEPS = {"vit": 300, "llama": 200, "llava": 200}
 RATES = (5e-3, 1e-2, 2e-2, 4e-2)         # where each sweep starts
 FULL_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of full fine-tuning
 CIFAR = Path(os.environ.get("CIFAR10", ROOT.parent / "shared/data/cifar10"))
-TASKS = {"vit": ("pictures", "invert", "rotate", "classes", "wide-invert"),
-         "llama": ("headings", "code", "wide-headings"), "llava": ("scenes", "cifar")}
+TASKS = {"vit": ("pictures", "invert", "rotate", "classes", "wide-pictures", "wide-invert"),
+         "llama": ("headings", "code", "wide-headings", "wider-headings"),
+         "llava": ("scenes", "cifar")}
+WIDTHS = {"": 64, "wide": 128, "wider": 256}          # of the backbone
 ON_CIFAR = ("invert", "rotate", "classes", "wide-invert", "cifar")
 TUNING = range(100, 200)                 # seeds for learning rates
 FRESH = range(100)                       # seeds below the tuning seeds; a setting was settled with
@@ -76,12 +78,12 @@ class Cell(NamedTuple):
     @property
     def kind(self) -> str:
         """The task, whatever the backbone's width."""
-        return self.task.removeprefix("wide-")
+        return self.task.rpartition("-")[2]
 
     @property
     def width(self) -> int:
         """Of the backbone."""
-        return 128 if self.task.startswith("wide-") else 64
+        return WIDTHS[self.task.rpartition("-")[0]]
 
 
 QUICK = {"vit": Cell("vit", "pictures", 2, 50), "llama": Cell("llama", "headings", 2, 128),
@@ -372,15 +374,17 @@ class Restless(Ours):
         self.adapters.observe_gradients()
 
 
-def add_theta(method, size: float = 1.0):
+def add_theta(method, size: float = 1.0, shared: bool = False):
     """A method with the paper's Theta, which equation 6 leaves out, where it is small: in the
     coordinates of the S r directions that reach a layer. B^T (diag M_l + size Theta_l) A, Theta_l
-    learned from zero, lets each input direction lead to each output direction. No gate on it."""
+    learned from zero, lets each input direction lead to each output direction. No gate on it.
+    shared: one Theta for all layers of a kind, as the paper's; else one for each."""
     def with_theta(model, cell):
         ours = method(model, cell)
         for number, graph in enumerate(ours.adapters.graphs):
             L, width = len(graph.names), graph.senders.shape[1] * cell.rank
-            theta = nn.Parameter(torch.zeros(L, width, width, device=graph.A.device))
+            theta = nn.Parameter(torch.zeros(1 if shared else L, width, width,
+                                             device=graph.A.device))
             model.register_parameter(f"theta{number}", theta)    # trained as a new head would be
             for name in graph.names:
                 hook = functools.partial(through_theta, theta, size)
@@ -396,7 +400,8 @@ def through_theta(theta, size, layer, inputs, y):
     graph, index = layer.place
     A, B, _, _ = graph.messages_to(index)
     scale = size * graph.config.alpha / graph.config.rank
-    return y + scale * (inputs[0] @ A.T @ theta[index] @ B)
+    theta = theta.expand(len(graph.names), -1, -1)[index]
+    return y + scale * (inputs[0] @ A.T @ theta @ B)
 
 
 def random_importance(graph):
@@ -493,6 +498,7 @@ METHODS = {
     "structlora, signed": Signed,
     "structlora, theta": add_theta(Ours, 0.3),
     "structlora, signed, theta": add_theta(Signed, 0.3),
+    "structlora, signed, shared theta": add_theta(Signed, 0.3, shared=True),
     "structlora, beta 1": lambda m, c: Ours(m, c, beta=1.0),
     "structlora, beta 1, edges never settle": lambda m, c: Restless(m, c, beta=1.0),
     "structlora, gate without noise": Quiet,
@@ -766,7 +772,7 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH,
              against: str = "lora") -> list[dict]:
     """A row for each cell and method that has `least` of these seeds in common with `against`, in
     the order of METHODS; differences are to that method on the same cell and seeds, p-values
-    corrected over all rows."""
+    corrected over all rows, those of the loss by themselves."""
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
@@ -791,8 +797,10 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH,
         row["difference"] = paired(*([100 * line["accuracy"] for line in side] for side in sides))
         losses = [[line.get("loss", math.inf) for line in side] for side in sides]
         row["loss"] = paired(*losses) if math.inf not in sum(losses, []) else None
-    for row, p in zip(tested, holm([row["difference"][2] for row in tested])):
-        row["p"] = p
+    for key, name in (("difference", "p"), ("loss", "loss p")):
+        measured = [row for row in tested if row[key]]
+        for row, p in zip(measured, holm([row[key][2] for row in measured])):
+            row[name] = p
     return rows
 
 
@@ -829,32 +837,39 @@ def shown(method: str) -> str:
 
 
 def print_overview(cells: list[tuple]) -> None:
-    """The table with a line per cell, and the means over all cells, over those of one rank and over
-    those of one width. cells: (cell, its rows)."""
+    """The table with a line per cell; the means over all cells, over those of one rank and over
+    those of one width; what a wider backbone changes. cells: (cell, its rows)."""
     print()
     structlora.print_table([summary(*pair) for pair in cells])
-    subsets = [cells]
+    gains = {cell: gain for cell, rows in cells if (gain := gain_of_each_seed(rows))}
+    subsets = [gains]
     for field in ("rank", "width"):
-        values = sorted({getattr(cell, field) for cell, _ in cells})
-        subsets += [[pair for pair in cells if getattr(pair[0], field) == value]
+        values = sorted({getattr(cell, field) for cell in gains})
+        subsets += [{cell: gain for cell, gain in gains.items() if getattr(cell, field) == value}
                     for value in values if len(values) > 1]
-    means = [overall([row for _, rows in subset for row in rows], seeds)
-             for seeds in (SEEN, UNSEEN) for subset in subsets]
+    means = [overall(subset, seeds) for seeds in (SEEN, UNSEEN) for subset in subsets]
     if any(means):
         print("\nStructLoRA to LoRA, each seed's mean over the cells\n")
         structlora.print_table([line for line in means if line])
+    wider = [widened(cell, gains) for cell in gains]
+    if any(wider):
+        print("\nStructLoRA to LoRA, on a wider backbone and on width 64, paired by seed\n")
+        structlora.print_table([line for line in wider if line])
 
 
-def overall(rows: list[dict], among: range) -> dict:
-    """A line on the mean difference of StructLoRA to LoRA over the cells that have both; {} if
-    there are none. The mean over the cells is one observation for each seed that all have."""
-    gains = {}
-    for row in rows:
-        pairs = zip(row["lines"], row.get("base", ())) if row["method"] == "structlora" else ()
-        gain = {mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
-                for mine, base in pairs if mine["seed"] in among}
-        if len(gain) > 1:
-            gains[row["cell"]] = gain
+def gain_of_each_seed(rows: list[dict]) -> dict[int, float]:
+    """StructLoRA's difference to LoRA in points by seed, of one cell's rows."""
+    return {mine["seed"]: 100 * (mine["accuracy"] - base["accuracy"])
+            for row in rows if row["method"] == "structlora"
+            for mine, base in zip(row["lines"], row.get("base", ()))}
+
+
+def overall(gains: dict, among: range) -> dict:
+    """A line on StructLoRA's mean difference to LoRA over the cells that have at least two of these
+    seeds; {} if there are none. gains: cell -> seed -> difference. The mean over the cells is one
+    observation for each seed that all have."""
+    gains = {cell: kept for cell, gain in gains.items()
+             if len(kept := {seed: gain[seed] for seed in gain if seed in among}) > 1}
     seeds = sorted(set.intersection(*map(set, gains.values()))) if gains else []
     if len(seeds) < 2:
         return {}
@@ -865,6 +880,22 @@ def overall(rows: list[dict], among: range) -> dict:
             "width": ", ".join(map(str, sorted({cell.width for cell in gains}))),
             "cells": str(len(gains)), "StructLoRA to LoRA": f"{difference:+.1f} ± {half:.1f}",
             "p (uncorrected)": f"{p:.3f}"}
+
+
+def widened(cell: Cell, gains: dict) -> dict:
+    """A line on what a wider backbone does to StructLoRA's difference to LoRA, paired by seed with
+    the same cell at width 64; {} where there is no such pair. gains: cell -> seed -> difference."""
+    narrow = cell._replace(task=cell.kind)
+    seeds = sorted(gains[cell].keys() & gains.get(narrow, {}).keys())
+    if narrow == cell or len(seeds) < 2:
+        return {}
+    sides = [[gains[which][seed] for seed in seeds] for which in (cell, narrow)]
+    more, half, p = paired(*sides)
+    wide, plain = map(statistics.fmean, sides)
+    return {"backbone, task": f"{cell.backbone} {cell.kind}", "rank": str(cell.rank),
+            "labels": str(cell.labels), "width": str(cell.width), "n": str(len(seeds)),
+            "at width 64": f"{plain:+.1f}", "at this width": f"{wide:+.1f}",
+            "wider": f"{more:+.1f} ± {half:.1f}", "p (uncorrected)": f"{p:.3f}"}
 
 
 def summary(cell: Cell, rows: list[dict]) -> dict:
@@ -881,7 +912,7 @@ def summary(cell: Cell, rows: list[dict]) -> dict:
             "labels": str(cell.labels), "frozen": get("frozen", "accuracy"),
             "LoRA": get("lora", "accuracy"), "n": get("structlora", "n"),
             "StructLoRA": get("structlora", "to LoRA"), "p": get("structlora", "p"),
-            "its loss": get("structlora", "loss to LoRA"),
+            "its loss": get("structlora", "loss to LoRA"), "p of that": get("structlora", "loss p"),
             "LoRA of its merged rank": get("lora matched", "to LoRA"),
             "drift energy": both("drift", ".0f"), "adjacent cosine": both("cosine", ".2f")}
 
@@ -901,6 +932,7 @@ def as_cells(row: dict) -> dict:
             f"to {to}": f"{difference:+.1f} ± {half:.1f}" if show else "",
             "p": f"{row['p']:.3f}" if show else "", "test loss": mean("loss", ".3f"),
             f"loss to {to}": "{:+.3f} ± {:.3f}".format(*row["loss"]) if row.get("loss") else "",
+            "loss p": f"{row['loss p']:.3f}" if "loss p" in row else "",
             **({"CIDEr": mean("cider", ".1f", 100)} if row["cell"].backbone == "llava" else
                {"calibration error": mean("ece", ".1f", 100)}), "trainable": mean("trainable", ",.0f"),
             "merged rank": mean("merged_rank", ".1f"), "ms/step": mean("ms", ".1f")}

@@ -95,6 +95,23 @@ def test_differences_are_to_lora_of_the_same_seeds(tmp_path):
     assert bench_accuracy.as_cells(lora)["to structlora"].startswith("-9.9")
 
 
+def test_p_values_of_the_loss_are_corrected_among_the_rows_that_have_one(tmp_path):
+    results = Results(tmp_path)
+    losses = {"lora": (1.0, 1.0, 1.0), "structlora": (0.9, 0.8, 0.7), "frozen": (1.2, 1.3, 1.4)}
+    for method, values in losses.items():
+        fill(results, method, lambda lr: 0.5 - abs(lr - 1e-2))
+        for seed in SEEDS:
+            results.lines[str(CELL), method, 0.0 if method == "frozen" else 1e-2, seed][
+                "loss"] = values[seed]
+    fill(results, "head", lambda lr: 0.5 - abs(lr - 1e-2))       # has none
+    rows = {row["method"]: row for row in bench_accuracy.compared(results, TUNING, least=3)}
+    # To LoRA 0.2, 0.3, 0.4: mean 0.3 with an error of 0.1 / 3^0.5; and Holm doubles the smaller p.
+    assert rows["frozen"]["loss p"] == pytest.approx(2 * student(3 * 3 ** 0.5, 2))
+    assert rows["structlora"]["loss p"] == pytest.approx(student(2 * 3 ** 0.5, 2))
+    assert "p" in rows["head"] and "loss p" not in rows["head"]
+    assert bench_accuracy.as_cells(rows["head"])["loss p"] == ""
+
+
 def test_a_row_takes_the_seeds_that_it_shares_with_lora(tmp_path):
     results = Results(tmp_path)
     for method, extra in (("lora", 0.0), ("structlora", 0.1)):
@@ -110,27 +127,39 @@ def test_a_row_takes_the_seeds_that_it_shares_with_lora(tmp_path):
 
 
 def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
-    def row(rank, mine, base):
-        lines, base = ([{"seed": seed, "accuracy": value} for seed, value in values.items()]
-                       for values in (mine, base))
-        return {"cell": CELL._replace(rank=rank), "method": "structlora", "lines": lines,
-                "base": base}
-    rows = [row(1, {0: 0.6, 1: 0.6, 2: 0.9}, {0: 0.5, 1: 0.6, 2: 0.0}),     # seed 2: one cell only
-            row(2, {0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5}),
-            {"cell": CELL, "method": "lora", "lines": []}]
-    # Differences of the two seeds: (10 + 0) / 2 and 0, so their mean is 2.5 with an error of 2.5,
-    # t = 1 with one degree of freedom: p = 0.5, and the interval is 12.706 errors wide.
-    assert bench_accuracy.overall(rows, range(10)) == {
+    line = lambda seed, value: {"seed": seed, "accuracy": value}
+    rows = [{"method": "structlora", "lines": [line(0, 0.6), line(1, 0.6), line(2, 0.9)],
+             "base": [line(0, 0.5), line(1, 0.6), line(2, 0.0)]},
+            {"method": "lora", "lines": [line(0, 0.5)]}]
+    gain = bench_accuracy.gain_of_each_seed(rows)
+    assert gain == pytest.approx({0: 10, 1: 0, 2: 90})
+    # Seed 2 has one cell only. Differences of the two others: (10 + 0) / 2 and 0, so their mean is
+    # 2.5 with an error of 2.5, t = 1 with one degree of freedom: p = 0.5, and the interval is
+    # 12.706 errors wide.
+    gains = {CELL._replace(rank=1): gain, CELL: {0: 0.0, 1: 0.0}}
+    assert bench_accuracy.overall(gains, range(10)) == {
         "seeds": "0 to 1", "rank": "1, 2", "width": "64", "cells": "2",
         "StructLoRA to LoRA": "+2.5 ± 31.8",
         "p (uncorrected)": "0.500"}
-    assert bench_accuracy.overall(rows, range(10, 100)) == {}
-    assert bench_accuracy.overall(rows[2:], range(10)) == {}
+    assert bench_accuracy.overall(gains, range(10, 100)) == {}
+    assert bench_accuracy.overall({}, range(10)) == {}
+
+
+def test_what_a_wider_backbone_adds_is_paired_by_seed():
+    wide = CELL._replace(task=f"wide-{CELL.task}")
+    gains = {CELL: {0: 1.0, 1: 2.0, 2: 50.0}, wide: {0: 6.0, 1: 2.0, 3: 50.0}}
+    line = bench_accuracy.widened(wide, gains)                   # 5 and 0: as above
+    assert (line["n"], line["at width 64"], line["at this width"]) == ("2", "+1.5", "+4.0")
+    assert (line["wider"], line["p (uncorrected)"]) == ("+2.5 ± 31.8", "0.500")
+    assert bench_accuracy.widened(CELL, gains) == {}
+    assert bench_accuracy.widened(wide, {wide: gains[wide]}) == {}
 
 
 def test_a_wide_task_is_the_same_task_on_a_wider_backbone():
     plain, wide = (Cell("vit", task, 1, 50) for task in ("invert", "wide-invert"))
     assert (plain.kind, plain.width, wide.kind, wide.width) == ("invert", 64, "invert", 128)
+    wider = Cell("llama", "wider-headings", 1, 128)
+    assert (wider.kind, wider.width) == ("headings", 256)
     for tasks in bench_accuracy.TASKS.values():
         assert {Cell("", task, 1, 1).kind for task in tasks} <= set(tasks)
     narrow, wide = (train_vit.small_vit(16, 10, cell.width).config for cell in (plain, wide))
