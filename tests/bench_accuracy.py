@@ -604,12 +604,13 @@ class Results:
         return [self.lines[key] for key in keys if key in self.lines]
 
 
-def sweep(results: Results, cell: Cell, method: str, tuning: range) -> tuple[list, float | None]:
-    """(learning rates still to be tried, or []; the best one once all have been). Counted are the
-    tuning seeds that all rates have, so that a cell may have more than `tuning`."""
+def sweep(results: Results, cell: Cell, method: str, tuning: range,
+          among: range = TUNING) -> tuple[list, float | None]:
+    """(learning rates still to be tried, or []; the best one once all have been). Counted are
+    those of the seeds `among` that all rates have, which may be more than `tuning`."""
     rates = list(FULL_RATES if method in ("full fine-tuning", "head") else RATES)
     for _ in range(4):
-        tried = [{line["seed"]: line["accuracy"] for line in results.get(cell, method, lr, TUNING)}
+        tried = [{line["seed"]: line["accuracy"] for line in results.get(cell, method, lr, among)}
                  for lr in rates]
         if not all(set(tuning) <= set(accuracy) for accuracy in tried):
             return rates, None
@@ -771,26 +772,26 @@ def holm(values: list[float]) -> list[float]:
 def compared(results: Results, tuning: range, least: int, among: range = FRESH,
              against: str = "lora") -> list[dict]:
     """A row for each cell and method that has `least` of these seeds in common with `against`, in
-    the order of METHODS; differences are to that method on the same cell and seeds, p-values
-    corrected over all rows, those of the loss by themselves."""
+    the order of METHODS; differences are to that method on the same cell and seeds, at its best
+    rate ("early": on the seeds `tuning` alone, where those at the rate that all chose are too few);
+    p-values corrected over all rows, those of the loss by themselves."""
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
-    for cell in cells:
-        best = {method: 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning)[1]
-                for method in METHODS}
-        fresh = {method: {line["seed"]: line for line in results.get(cell, method, lr, among)}
-                 for method, lr in best.items() if lr is not None}
-        other = fresh.get(against, {})
-        for method, lines in fresh.items():
-            shared = [seed for seed in lines if seed in other or not other]
-            if len(shared) < least:
-                continue
-            row = {"cell": cell, "method": method, "lr": best[method], "against": against,
-                   "lines": [lines[seed] for seed in shared]}
-            if other and method != against:
-                row["base"] = [other[seed] for seed in shared]
-            rows.append(row)
+    for cell, method in itertools.product(cells, METHODS):
+        lr, lines = tuned(results, cell, method, tuning, among)
+        _, other = tuned(results, cell, against, tuning, among)
+        early = len(lines.keys() & other) < least    # run beside the other before it had more
+        if early:                                    # tuning seeds, which changed its rate
+            _, other = tuned(results, cell, against, tuning, among, tuning)
+        shared = [seed for seed in lines if seed in other or not other]
+        if len(shared) < least:
+            continue
+        row = {"cell": cell, "method": method, "lr": lr, "against": against,
+               "early": early and bool(other), "lines": [lines[seed] for seed in shared]}
+        if other and method != against:
+            row["base"] = [other[seed] for seed in shared]
+        rows.append(row)
     tested = [row for row in rows if "base" in row]
     for row in tested:
         sides = row["lines"], row["base"]
@@ -802,6 +803,14 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH,
         for row, p in zip(measured, holm([row[key][2] for row in measured])):
             row[name] = p
     return rows
+
+
+def tuned(results: Results, cell: Cell, method: str, tuning: range, fresh: range,
+          counted: range = TUNING) -> tuple[float | None, dict]:
+    """(the method's best rate on the tuning seeds `counted`, its lines of fresh seeds there)."""
+    lr = 0.0 if METHODS[method] is None else sweep(results, cell, method, tuning, counted)[1]
+    lines = results.get(cell, method, lr, fresh) if lr is not None else []
+    return lr, {line["seed"]: line for line in lines}
 
 
 def print_tables(results: Results, tuning: range, least: int, among: range,
@@ -826,6 +835,9 @@ def print_tables(results: Results, tuning: range, least: int, among: range,
     for cell, group in cells:
         print(f"\n{cell.backbone} {cell.task}, rank {cell.rank}, {cell.labels} labels\n")
         structlora.print_table([as_cells(row) for row in group])
+        if any(row["early"] for row in group):
+            print(f"\n* to {shown(against)} at the rate that {len(tuning)} tuning seeds chose, "
+                  "before it had more")
     present = {row["method"] for row in rows}
     absent = [method for method in METHODS if method not in present]
     print("\nnot run in any of these cells: " + ("; ".join(absent) or "none"))
@@ -926,7 +938,7 @@ def as_cells(row: dict) -> dict:
     difference, half, _ = row.get("difference", (0.0, 0.0, 1.0))
     show, to = "p" in row, shown(row["against"])
     rank = {"lora matched": f" r={row['lines'][0]['rank']}"}.get(row["method"], "")
-    return {"method": row["method"] + rank, "n": str(len(row["lines"])),
+    return {"method": row["method"] + rank, "n": str(len(row["lines"])) + " *" * row["early"],
             "lr": f"{row['lr']:.3g}" if row["lr"] else "-",
             "accuracy": f"{statistics.fmean(accuracy):.1f} ± {statistics.stdev(accuracy):.1f}",
             f"to {to}": f"{difference:+.1f} ± {half:.1f}" if show else "",

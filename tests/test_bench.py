@@ -126,6 +126,27 @@ def test_a_row_takes_the_seeds_that_it_shares_with_lora(tmp_path):
     assert [row["method"] for row in bench_accuracy.compared(results, TUNING, least=4)] == ["lora"]
 
 
+def test_a_method_run_before_the_other_was_tuned_anew_keeps_its_comparison(tmp_path):
+    results = Results(tmp_path)
+    for method, extra in (("lora", 0.0), ("structlora", 0.1), ("head", 0.2)):
+        fill(results, method, lambda lr: 0.5 + extra - abs(lr - 1e-2))
+    line = {"cell": str(CELL), "rank": 2, "merged_rank": 4.4}
+    for method in ("lora", "structlora"):            # two more tuning seeds choose 2e-2, and fresh
+        for seed in (102, 103):                      # seeds are run there
+            for lr in bench_accuracy.RATES:
+                results.add(line | {"method": method, "lr": lr, "seed": seed,
+                                    "accuracy": 0.9 if lr == 2e-2 else 0.1})
+        for seed in range(10, 13):
+            results.add(line | {"method": method, "lr": 2e-2, "seed": seed, "accuracy":
+                                {"lora": 0.6, "structlora": 0.63}[method] + seed / 1000})
+    head, lora, ours = sorted(bench_accuracy.compared(results, TUNING, least=3),
+                              key=lambda row: row["method"])
+    assert ours["difference"][0] == pytest.approx(3) and ours["lr"] == lora["lr"] == 2e-2
+    assert head["difference"][0] == pytest.approx(19.8) and head["base"][0]["lr"] == 1e-2
+    assert (head["early"], ours["early"]) == (True, False)
+    assert bench_accuracy.as_cells(head)["n"] == "3 *"
+
+
 def test_the_overall_difference_pairs_each_seeds_mean_over_the_cells():
     line = lambda seed, value: {"seed": seed, "accuracy": value}
     rows = [{"method": "structlora", "lines": [line(0, 0.6), line(1, 0.6), line(2, 0.9)],
