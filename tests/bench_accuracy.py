@@ -778,20 +778,21 @@ def compared(results: Results, tuning: range, least: int, among: range = FRESH,
     cells = sorted({Cell(*(int(part) if part.isdigit() else part for part in key[0].split(":")))
                     for key in results.lines})
     rows = []
-    for cell, method in itertools.product(cells, METHODS):
-        lr, lines = tuned(results, cell, method, tuning, among)
-        _, other = tuned(results, cell, against, tuning, among)
-        early = len(lines.keys() & other) < least    # run beside the other before it had more
-        if early:                                    # tuning seeds, which changed its rate
-            _, other = tuned(results, cell, against, tuning, among, tuning)
-        shared = [seed for seed in lines if seed in other or not other]
-        if len(shared) < least:
-            continue
-        row = {"cell": cell, "method": method, "lr": lr, "against": against,
-               "early": early and bool(other), "lines": [lines[seed] for seed in shared]}
-        if other and method != against:
-            row["base"] = [other[seed] for seed in shared]
-        rows.append(row)
+    for cell in cells:
+        best, first = (tuned(results, cell, against, tuning, among, counted)[1]
+                       for counted in (TUNING, tuning))
+        for method in METHODS:
+            lr, lines = tuned(results, cell, method, tuning, among)
+            early = len(lines.keys() & best) < least     # run beside the other before it had more
+            other = first if early else best             # tuning seeds, which changed its rate
+            shared = [seed for seed in lines if seed in other or not other]
+            if len(shared) < least:
+                continue
+            row = {"cell": cell, "method": method, "lr": lr, "against": against,
+                   "early": early and bool(other), "lines": [lines[seed] for seed in shared]}
+            if other and method != against:
+                row["base"] = [other[seed] for seed in shared]
+            rows.append(row)
     tested = [row for row in rows if "base" in row]
     for row in tested:
         sides = row["lines"], row["base"]
