@@ -605,12 +605,12 @@ class Results:
 
 
 def sweep(results: Results, cell: Cell, method: str, tuning: range,
-          among: range = TUNING) -> tuple[list, float | None]:
-    """(learning rates still to be tried, or []; the best one once all have been). Counted are
-    those of the seeds `among` that all rates have, which may be more than `tuning`."""
+          counted: range = TUNING) -> tuple[list, float | None]:
+    """(learning rates still to be tried, or []; the best one once all have been). Judged
+    on those of the seeds `counted` that all rates have, at the least `tuning`."""
     rates = list(FULL_RATES if method in ("full fine-tuning", "head") else RATES)
     for _ in range(4):
-        tried = [{line["seed"]: line["accuracy"] for line in results.get(cell, method, lr, among)}
+        tried = [{line["seed"]: line["accuracy"] for line in results.get(cell, method, lr, counted)}
                  for lr in rates]
         if not all(set(tuning) <= set(accuracy) for accuracy in tried):
             return rates, None
