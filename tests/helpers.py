@@ -1,4 +1,7 @@
-"""Tiny models, and equations 2, 5 and 6 written a second time, as slow sums over full matrices."""
+"""Tiny models, and equations 2, 3, 5 and 6 written a second time as slow sums over matrices."""
+
+import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -6,7 +9,17 @@ import torch.nn as nn
 from structlora import Config, attach
 
 torch.set_num_threads(1)      # on tensors this small a second thread costs more than it does
+DATA = Path(__file__).parents[2] / "shared" / "data"     # real data; tests skip without it
+GATES, COORDINATORS = ("gaussian", "concrete", "none"), ("attention", "uniform", "none")
+EDGES = ("hybrid", "depth", "similarity", "all")
 WIDTH, HIDDEN = 6, 10         # q_proj is 6 -> 10, v_proj 10 -> 6: two kinds that must not mix
+
+
+class Hostile:
+    """Its pickle runs a command when it is read by a careless reader."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
 
 
 class Block(nn.Module):
@@ -21,7 +34,7 @@ class Block(nn.Module):
 class Chain(nn.Module):
     def __init__(self, layers=3, width=WIDTH, hidden=HIDDEN, classes=4):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(width, hidden) for _ in range(layers)])
+        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(layers))
         self.head = nn.Linear(width, classes)
 
     def forward(self, x):
@@ -35,8 +48,8 @@ class Fan(nn.Module):
 
     def __init__(self, layers, width=6, out=7):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(width, out, bias=False)})
-                                     for _ in range(layers)])
+        self.blocks = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(width, out, bias=False)})
+                                    for _ in range(layers))
 
     def forward(self, x):
         return torch.stack([block["q_proj"](x) for block in self.blocks])
@@ -47,103 +60,87 @@ def chain(layers=3, seed=0, **sizes):
     return Chain(layers, **sizes)
 
 
-def adapted(layers=3, seed=0, trained=True, **config):
-    """A Chain with adapters, as if trained: nothing is left at its initial value."""
-    model = chain(layers, seed)
-    adapters = attach(model, Config(**{"rank": 2, "alpha": 3.0, **config}))
-    if trained:
-        shake(adapters, seed)
-    return model, adapters
-
-
-@torch.no_grad()
-def shake(adapters, seed=0):
-    """Random values for all trained tensors, about half of the gates shut, edges learned."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    random = lambda like: torch.randn(like.shape, generator=generator).to(like)
-    for graph in adapters.graphs:
-        graph.B.copy_(0.5 * random(graph.B))
-        if graph.gate is not None:
-            for parameter in graph.gate.parameters():
-                parameter.copy_(random(parameter))
-        for name, parameter in graph.named_parameters():
-            if name in ("rho", "w_src", "w_dst"):
-                parameter.copy_(0.7 + random(parameter))
-    images = torch.randn(5, 3, WIDTH, generator=generator)
-    if any(graph.watches for graph in adapters.graphs):
-        with torch.enable_grad():
-            adapters.model(images.to(adapters.model.head.weight)).square().sum().backward()
-        adapters.observe_gradients()
-        adapters.model.zero_grad()
-    return adapters
-
-
 def inputs(n=5, tokens=3, width=WIDTH, seed=7, dtype=torch.float32):
     shape = (n, tokens, width) if tokens else (n, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def open_gates(graph):
-    """Equation 3 or 9 at evaluation: [L, S, r]."""
-    if graph.config.gate == "none":
-        return torch.ones(graph.kept.shape)
-    if graph.config.gate == "concrete":
-        pi = 1 / (1 + torch.exp(-graph.gate.phi))
-        return torch.where(pi >= 0.5, pi, 0.0)
-    mu, sigma = graph.gate.mu, graph.gate.log_sigma.exp()
-    return torch.where(mu ** 2 >= sigma ** 2, mu, 0.0)
+def adapted(layers=3, seed=0, **config):
+    """A Chain with adapters, as if trained: nothing is left at its initial value."""
+    model = chain(layers, seed)
+    adapters = attach(model, Config(**{"rank": 2, "alpha": 3.0, **config}))
+    return model, shake(adapters, seed)
+
+
+def shake(adapters, seed=0):
+    """One step that moves the similarity edges, then random values for all that is trained: about
+    half of the gates are shut."""
+    x = inputs(seed=seed).to(next(adapters.model.parameters()))
+    adapters.model(x).square().sum().backward()
+    adapters.observe_gradients()
+    adapters.model.zero_grad()
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in adapters.model.named_parameters():
+        if parameter.requires_grad and not name.endswith(".probe"):
+            new = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.5 * new if name.endswith((".A", ".B")) else 0.3 + new)
+    return adapters
+
+
+def senders(graph):
+    """For each layer the set of its neighbours, those it hears beside itself."""
+    return [set(hears.sum(0).nonzero()[:, 0].tolist()) - {l} for l, hears in enumerate(graph.hears)]
 
 
 def slot_of(graph, receiver, sender):
-    """The one slot through which `receiver` hears `sender`, or None."""
-    slots = [i for i, j in enumerate(graph.senders[receiver].tolist())
-             if j == sender and graph.valid[receiver, i]]
-    assert len(slots) <= 1, "a message must have one gate, not several"
-    return slots[0] if slots else None
+    """The one slot through which `receiver` hears `sender`."""
+    slots = graph.hears[receiver, :, sender].nonzero()[:, 0].tolist()
+    assert len(slots) == 1, "a message must have one gate, not several"
+    return slots[0]
+
+
+def open_gates(layer):
+    """Equation 3 or 9 at evaluation: [S, r]."""
+    if "phi" in layer.gate:
+        pi = 1 / (1 + torch.exp(-layer.gate["phi"].double()))
+        return torch.where(pi >= 0.5, pi, 0.0)
+    if "mu" in layer.gate:
+        mu, sigma = layer.gate["mu"].double(), layer.gate["log_sigma"].double().exp()
+        return torch.where(mu ** 2 >= sigma ** 2, mu, 0.0)
+    return torch.ones(1, layer.config.rank, dtype=torch.float64)
+
+
+def message(graph, receiver, sender, gates):
+    """U_lj of equation 2, [d, k], with the signs of edges "all" and without removed directions."""
+    layer, slot = graph.layers[sender], slot_of(graph, receiver, sender)
+    m = (gates[receiver] * graph.sign[receiver])[slot]
+    return layer.B.double() @ torch.diag(m) @ layer.A.double()
 
 
 def by_hand_mixing(graph):
-    """M of equations 5 and 6, edge by edge, in float64."""
-    L = len(graph.names)
-    gates = open_gates(graph).double() * graph.kept
-    h = []
-    for l in range(L):
-        update = graph.B[l].double().T @ torch.diag(gates[l, 0]) @ graph.A[l].double()
-        sketch = (graph.P.double().T @ update @ graph.Q.double()).flatten().detach()
+    """M of equations 5 and 6, edge by edge: [L, L] in float64."""
+    gates, h, rows = [open_gates(layer) for layer in graph.layers], [], []
+    for l in range(len(graph.layers)):
+        U = message(graph, l, l, gates).detach()
+        sketch = (graph.P.double().T @ U @ graph.Q.double()).flatten()
         h.append(sketch / max(float(sketch.norm()), 1e-12))
-    a = torch.zeros(L, L, dtype=torch.float64)
-    for l in range(L):
-        edges = sorted({j for j, ok in zip(graph.neighbours[l].tolist(), graph.is_edge[l]) if ok})
-        if not edges:
-            continue
+    for l, near in enumerate(senders(graph)):
+        row, edges = torch.eye(len(h), dtype=torch.float64)[l], sorted(near)
         e = torch.zeros(len(edges), dtype=torch.float64)
-        if graph.config.coordinator == "attention":
-            e = torch.stack([h[l] @ graph.w_src.double() + h[j] @ graph.w_dst.double()
-                             for j in edges])
+        if edges and graph.config.coordinator == "attention":
+            w_src, w_dst = graph.w_src.double(), graph.w_dst.double()
+            e = torch.stack([h[l] @ w_src + h[j] @ w_dst for j in edges])
             e = torch.where(e > 0, e, 0.2 * e)
-        row = torch.zeros(L, dtype=torch.float64)
-        row[edges] = e.exp() / e.exp().sum()
-        a = a + torch.outer(torch.eye(L, dtype=torch.float64)[l], row)
-    step = torch.eye(L, dtype=torch.float64)
-    if hasattr(graph, "rho"):
-        step = step + graph.rho.double() * a
-    result = step
-    for _ in range(graph.config.hops - 1):
-        result = result @ step
-    return result
+        for j, share in zip(edges, e.exp() / e.exp().sum()):
+            row = row + graph.rho.double() * share * torch.eye(len(h), dtype=torch.float64)[j]
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def by_hand_updates(graph, gates=None):
-    """s dW_l of equation 6, one [d, k] matrix a layer; gates [L, S, r] default to evaluation's."""
-    gates = (open_gates(graph) if gates is None else gates).double() * graph.kept
-    M, updates = by_hand_mixing(graph), []
-    for l in range(len(graph.names)):
-        total = torch.zeros(graph.B.shape[2], graph.A.shape[2], dtype=torch.float64)
-        for j in range(len(graph.names)):
-            slot = slot_of(graph, l, j)
-            assert slot is not None or M[l, j] == 0, "a message has no slot to travel in"
-            if slot is not None:                                         # equation 2
-                U = graph.B[j].double().T @ torch.diag(gates[l, slot]) @ graph.A[j].double()
-                total = total + M[l, j] * U
-        updates.append(graph.config.alpha / graph.config.rank * total)
+    """s dW_l of equation 6, a [d, k] matrix per layer; gates: [S, r] per layer, or evaluation's."""
+    gates = [open_gates(layer) for layer in graph.layers] if gates is None else gates
+    M, s, updates = by_hand_mixing(graph), graph.config.alpha / graph.config.rank, []
+    for l, near in enumerate(senders(graph)):
+        updates.append(s * sum(M[l, j] * message(graph, l, j, gates) for j in sorted(near | {l})))
     return updates
