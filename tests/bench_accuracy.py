@@ -58,26 +58,26 @@ METHODS = {
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN = ("LoRA", "LoRA 4r", "hybrid", "all", "gate only")
 
-# pretrain, steps: optimizer steps; batch: examples in a step; test: examples scored
+# pretrain, steps: optimizer steps; batch: examples in a step; cells: (backbone, examples, rank); the
+# methods that are not in `methods` are run in the cell `rest`
+TEXT = dict(width=128, layers=6, length=64, pretrain=1500, batch=8)
 SIZES = {
-    "quick": dict(seeds=4, rates=2, steps=100, batch=8, test=64, methods=MAIN[:4],
-                  text=dict(width=128, layers=6, length=64, pretrain=600),
-                  cells=[("text", 64, 1)], rest=None),
-    "default": dict(seeds=8, rates=3, steps=100, batch=8, test=64, methods=MAIN,
-                    text=dict(width=128, layers=6, length=64, pretrain=1500),
-                    vision=dict(width=96, layers=6, pretrain=800),
-                    cells=[("text", 64, 1), ("text", 512, 1), ("vision", 20, 1), ("vision", 100, 1),
-                           ("text", 512, 4), ("text", 64, 4), ("vision", 20, 4), ("vision", 100, 4)],
-                    rest=("text", 64, 1)),
-    "gpu": dict(seeds=8, rates=4, steps=150, batch=8, test=128, methods=MAIN,
-                text=dict(width=512, layers=8, length=128, pretrain=2500),
-                deep=dict(width=256, layers=16, length=128, pretrain=2000),
-                vision=dict(width=384, layers=8, pretrain=1000),
+    "quick": dict(seeds=4, rates=2, steps=100, methods=MAIN[:4], text=TEXT | {"pretrain": 600},
+                  cells=[("text", 512, 1)], rest=None),
+    "default": dict(seeds=8, rates=3, steps=100, methods=MAIN, text=TEXT,
+                    vision=dict(width=96, layers=6, pretrain=800, batch=32),
+                    cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("vision", 20, 1),
+                           ("text", 512, 4), ("text", 64, 4), ("vision", 100, 4), ("vision", 20, 4)],
+                    rest=("text", 512, 1)),
+    "gpu": dict(seeds=8, rates=4, steps=150, methods=MAIN,
+                text=dict(width=512, layers=8, length=128, pretrain=2500, batch=8),
+                deep=dict(width=256, layers=16, length=128, pretrain=2000, batch=8),
+                vision=dict(width=384, layers=8, pretrain=1000, batch=32),
                 cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("text", 512, 4),
                        ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1), ("vision", 100, 4),
                        ("text", 512, 16), ("vision", 20, 4), ("text", 64, 16), ("vision", 100, 16),
                        ("vision", 20, 16)], rest=("text", 512, 1))}
-START_RATE = {"text": 4e-3, "deep": 4e-3, "vision": 4e-3}        # the lowest of the first grid
+START_RATE = 8e-3                    # the lowest of the first grid
 
 
 # --- Backbones and data: (x, y) with x bytes [N, T] and y the next ones, or images and labels [N]
@@ -104,12 +104,12 @@ def text_task(sizes: dict, args) -> tuple:
     model = train_llama.Llama(train_llama.LlamaConfig(
         256, width, sizes["layers"], width // 32, width // 32, 32, 64 * round(width / 24)))
     return (model, windows(code, 100_000, length, 0), english[:cut],
-            windows(english[cut:], 1000, length, 1))
+            windows(english[cut:], 128, length, 1))
 
 
 def vision_task(sizes: dict, args) -> tuple:
     """(ViT, pictures to pretrain on, inverted ones to adapt to, inverted ones to test)."""
-    source, pool, test = (train_vit.draw(n, seed, False) for n, seed in ((8000, 0), (8000, 1), (1000, 2)))
+    source, pool, test = (train_vit.draw(n, seed, False) for n, seed in ((8000, 0), (8000, 1), (500, 2)))
     if args.cifar10:
         (images, labels), test, _ = train_vit.read_images(args.cifar10)
         half = len(labels) // 2
@@ -165,6 +165,7 @@ class Task:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+        optimizer.zero_grad()
         return loss.item(), math.log(logits.shape[1])
 
     def labelled(self, seed: int, count: int) -> tuple:
@@ -399,12 +400,12 @@ class Experiments:
             self.trained[name + "norm_o"] *= mask[:, number]
 
     @torch.no_grad()
-    def scores(self, count: int) -> torch.Tensor:
-        """[E, 2] mean loss and accuracy on the first `count` test examples."""
+    def scores(self) -> torch.Tensor:
+        """[E, 2] mean loss and accuracy on the test examples."""
         self.loss.eval()
-        x, y = self.task.test if self.task.kind == "vision" else (t[:count] for t in self.task.test)
+        x, y = self.task.test
         total = torch.zeros(len(self.lr), 2, device=self.task.device)
-        for a, b in zip(x.split(16), y.split(16)):
+        for a, b in zip(x.split(32), y.split(32)):
             parts = self.each(self.scored, a.to(self.task.device), b.to(self.task.device), shared=True)
             total += torch.stack(parts, 1) * len(b)
         return total / len(y)
@@ -418,11 +419,11 @@ def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: l
     for step in range(steps):
         if step == min(20, steps - 1):                           # timed once the edges have settled
             began = time.perf_counter()
-        experiments.step(step, steps, size["batch"])
+        experiments.step(step, steps, task.sizes["batch"])
     if task.device != "cpu":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / (steps - min(20, steps - 1))
-    scores = experiments.scores(size["test"]).view(len(seeds), len(rates), 2)
+    scores = experiments.scores().view(len(seeds), len(rates), 2)
     trainable = sum(t[0].numel() for n, t in experiments.trained.items() if "probe" not in n)
     merged, cosine = [], None
     if experiments.adapters:
@@ -547,7 +548,7 @@ def read_lines(path: Path) -> dict:
 def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     """A method's line in a cell: the grid of rates, widened while its best lies at an edge."""
     seeds = list(range(FIRST_SEED, FIRST_SEED + size["seeds"]))
-    rates = [START_RATE[cell[0]] * 2**i for i in range(size["rates"])]
+    rates = [START_RATE * 2**i for i in range(size["rates"])]
     line = run(task, method, *cell[1:], seeds, rates, size, args.dry)
     for _ in range(0 if args.dry or args.quick else 4):
         best = int(torch.tensor(line["scores"])[..., 0].mean(0).argmin())
@@ -586,7 +587,7 @@ def main() -> None:
         if (*cell, method) in lines or late or cell[0] == "deep" and method == "gate only":
             continue
         if cell[0] not in tasks:
-            tasks = {cell[0]: Task(cell[0], size[cell[0]], args)}        # one backbone at a time
+            tasks[cell[0]] = Task(cell[0], size[cell[0]], args)
         line = finished(tasks[cell[0]], cell, method, size, args)
         total += line["ms"] * len(line["rates"]) * size["seeds"] * size["steps"] / 1e3
         print(f"{cell} {method}: {line['ms']:.2f} ms a step and experiment, so far "
