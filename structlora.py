@@ -141,13 +141,15 @@ def gate_mean(gates: dict) -> torch.Tensor:
     return gate_strength(gates) * (gate_strength(gates) >= 0.5)
 
 
-def gate_draw(kind: str, diag: torch.Tensor, noise: torch.Tensor, shape: tuple) -> torch.Tensor:
-    """One draw of diag * m, [N, 1.., R]; each of the N samples has its own. `diag` is already times
-    mu and `noise` diag * sigma for a Gaussian gate; `noise` is phi for a concrete one."""
-    if kind == "gaussian":
-        return torch.addcmul(diag, noise, torch.randn(shape, device=diag.device, dtype=diag.dtype))
-    logit = torch.logit(torch.rand(shape, device=diag.device), eps=1e-6).to(diag.dtype)
-    return diag * torch.sigmoid((logit + noise) / TEMPERATURE)   # Maddison et al. 2017
+def gate_draw(gates: tuple[torch.Tensor, ...], samples: int) -> torch.Tensor:
+    """One draw of m for each of N samples, [N, 1, R]: Eq. 3 of (mu, sigma), or Eq. 9 of (phi,)."""
+    shape, like = (samples, 1, len(gates[0])), {"device": gates[0].device, "dtype": gates[0].dtype}
+    if len(gates) == 2:
+        mu, sigma = gates
+        return torch.addcmul(mu, sigma, torch.randn(shape, **like))
+    u = torch.rand(shape, device=gates[0].device)                # fp32: 1 - u must not be 0
+    logit = torch.logit(u, eps=1e-6).to(gates[0].dtype)
+    return torch.sigmoid((logit + gates[0]) / TEMPERATURE)       # Maddison et al. 2017
 
 
 # --- Layer
@@ -169,7 +171,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.to(linear.weight.device).train(linear.training)
         self.config, self.disabled = config, False
-        self.message = None          # (A [R, k], B [d, R], diag [R], noise [R] or None)
+        self.message = None          # (A [R, k], B [d, R], gates to draw [R] or none), Eq. 7
         self.last = self.ask = None          # the last one with gradients; LayerGraph.messages
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,14 +179,17 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)                          # [N, ..., d]
         if self.disabled:
             return y
-        A, B, diag, noise = self.message or self.message_outside_a_pass()
-        u = F.dropout(x, self.config.dropout, self.training).to(A.dtype)
-        if noise is not None:
-            samples = (len(x), *[1] * (x.dim() - 2)) if x.dim() > 1 else ()
-            diag = gate_draw(self.config.gate, diag, noise, (*samples, len(diag)))       # [N, 1.., R]
-        u = (F.linear(u, A) * diag).to(y.dtype)                          # [N, ..., R]
-        d, R = B.shape               # y + u B^T in one call saves a pass over the activations
-        return torch.addmm(y.reshape(-1, d), u.reshape(-1, R), B.to(y.dtype).T).view_as(y)
+        A, B, gates = self.message or self.message_outside_a_pass()
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        u = F.linear(x.reshape(-1, A.shape[1]).to(A.dtype), A)           # [M, R], M = N * ...
+        if gates:
+            samples = len(x) if x.dim() > 1 else 1
+            u = u.view(samples, len(u) // max(samples, 1), len(A)) * gate_draw(gates, samples)
+            u = u.flatten(0, 1)
+        u, B = u.to(y.dtype), B.to(y.dtype)
+        # y + u B^T in one call saves a pass over the activations.
+        return torch.addmm(y.reshape(-1, len(B)), u, B.T).view_as(y)
 
     def message_outside_a_pass(self) -> tuple:
         """The message when a part of the model is called, or when a checkpoint recomputes it."""
@@ -261,33 +266,32 @@ class LayerGraph(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         probes = torch.is_grad_enabled() and not torch.jit.is_tracing() and bool(self.probes())
-        A, B, diag, noise = self.stack(dtype, self.training, probes)
-        noise = [None] * len(A) if noise is None else noise.unbind()
-        return list(zip(A.unbind(), B.unbind(), diag.unbind(), noise))
+        A, B, _, gates = self.stack(dtype, self.training, probes)
+        gates = list(zip(*(gate.unbind() for gate in gates))) or [()] * len(A)
+        return list(zip(A.unbind(), B.unbind(), gates))
 
     def stack(self, dtype: torch.dtype, random: bool, probes: bool) -> tuple:
-        """Eq. 7 for all layers: A [L, R, k], B [L, d, R], the diagonal s M m between them [L, R]
-        and None; or, if the gates are random, the two that gate_draw() makes the diagonal from."""
+        """Eq. 7 for all layers: rows A [L, R, k]; columns B [L, d, R], times s M and, if they are
+        not random, the mean gates; these weights [L, R]; what is drawn otherwise, [L, R] each."""
         with torch.autocast(self.P.device.type, enabled=False):  # mixing is computed in fp32
             A, B, gates = self.stacked()
-            s, noise = self.config.alpha / self.config.rank, None
-            diag = s * self.mixing(A, B, gates)[..., None] * self.sign           # [L, S, r]
+            s, drawn = self.config.alpha / self.config.rank, []
+            weight = s * self.mixing(A, B, gates)[..., None] * self.sign         # [L, S, r]
             if gates and not random:
-                diag = diag * gate_mean(gates)
-            elif "phi" in gates:
-                noise = gates["phi"].flatten(1).to(dtype)
+                weight = weight * gate_mean(gates)
             elif gates:
-                noise = (diag * gates["log_sigma"].exp()).flatten(1).to(dtype)
-                diag = diag * gates["mu"]
-            diag, (A, B) = diag.flatten(1).to(dtype), self.gather(A.to(dtype), B.to(dtype))
+                drawn = [gates["phi"]] if "phi" in gates else [gates["mu"], gates["log_sigma"].exp()]
+                drawn = [gate.flatten(1).to(dtype) for gate in drawn]
+            A, B = self.gather(A.to(dtype), B.to(dtype))
+            weight = weight.flatten(1).to(dtype)                                 # [L, R = S r]
+            B = B * weight[:, None]
             if probes:       # 4 more directions, y += P C Q^T x with C = 0: dL/dC = P^T (dL/dW) Q
                 C = torch.stack([layer.probe for layer in self.layers])          # [L, 4, 4]
-                columns = (self.P @ (C - C.detach())).to(dtype)                  # [L, d, 4], zeros
+                B = torch.cat([B, (self.P @ (C - C.detach())).to(dtype)], 2)
                 A = torch.cat([A, self.Q.T.to(dtype).expand(len(A), -1, -1)], 1)
-                B, diag = torch.cat([B, columns], 2), F.pad(diag, (0, SKETCH), value=1.0)
-                certain = math.inf if "phi" in gates else 0.0                    # gates that are 1
-                noise = None if noise is None else F.pad(noise, (0, SKETCH), value=certain)
-        return A, B, diag, noise
+                always_one = (math.inf,) if "phi" in gates else (1.0, 0.0)
+                drawn = [F.pad(gate, (0, SKETCH), value=v) for gate, v in zip(drawn, always_one)]
+        return A, B, weight, drawn
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """A [L, r, k], B [L, d, r] and the gates' parameters, [L, S, r] each, of all layers."""
@@ -374,8 +378,8 @@ class LayerGraph(nn.Module):
     def updates(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """B [d, R], A [R, k] of each layer's final update B A = s dW_l, without shut directions."""
         wide = torch.promote_types(self.layers[0].A.dtype, torch.float32)
-        A, B, diag, _ = self.stack(wide, random=False, probes=False)
-        return [(B[l][:, used] * diag[l, used], A[l][used]) for l, used in enumerate(diag != 0)]
+        A, B, weight, _ = self.stack(wide, random=False, probes=False)
+        return [(B[l][:, used], A[l][used]) for l, used in enumerate(weight != 0)]
 
 
 # --- Attach

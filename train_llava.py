@@ -525,7 +525,7 @@ def draw_scene(rng) -> tuple[torch.Tensor, list[str]]:
     for side, (colour, shape) in enumerate(zip(colours, shapes)):
         radius = rng.uniform(5, 7)
         u = (x - 8 - 16 * side - rng.uniform(-1, 1)) / radius    # the shape's own axes
-        v = (y - 16 - rng.uniform(-7, 7)) / radius
+        v = (y - 16 - rng.uniform(-3, 3)) / radius
         a, b = np.abs(u), np.abs(v)
         inside = {"circle": np.hypot(u, v) < 1, "square": np.maximum(a, b) < .85,
                   "triangle": (v < .8) & (2 * a < v + 1),
@@ -563,14 +563,13 @@ def pretrained(args, steps: int = 600) -> Path:
             last = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * (0.35 if last else 1))
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
-    nn.init.normal_(model.model.vision_tower.pos_embed, std=0.1)
     rows = [encode(Words(), e) for e in draw_examples(6000, 10 * args.seed, False)]
 
     def loss(step: int) -> torch.Tensor:
         batch = llama.rows_of_batch(rows, 32, step, args.seed)
         return losses_of(model, collate(batch, args.device, model.vision)).mean()
 
-    vit.pretrain(model, loss, steps, lr=4e-3)
+    vit.pretrain(model, loss, steps, lr=2e-3)
     if structlora.processes()[0] == 0:
         structlora.write(path, model.sizes() | {"model": model.state_dict()})
     return path

@@ -58,25 +58,24 @@ METHODS = {
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN = ("LoRA", "LoRA 4r", "hybrid", "all", "gate only")
 
-# pretrain, steps: optimizer steps; batch: examples in a step; cells: (backbone, examples, rank); the
-# methods that are not in `methods` are run in the cell `rest`
-TEXT = dict(width=128, layers=6, length=64, pretrain=1500, batch=8)
+# pretrain: (steps, examples in a step); batch: examples in a step; cells: (backbone, examples, rank).
+# Methods that are not in `methods` are run in the first cell; `more` are the last cells to be run.
+TEXT = dict(width=128, layers=6, length=64, pretrain=(1500, 32), batch=8)
 SIZES = {
-    "quick": dict(seeds=4, rates=2, steps=100, methods=MAIN[:4], text=TEXT | {"pretrain": 600},
-                  cells=[("text", 512, 1)], rest=None),
-    "default": dict(seeds=8, rates=3, steps=100, methods=MAIN, text=TEXT,
-                    vision=dict(width=96, layers=6, pretrain=800, batch=32),
+    "quick": dict(seeds=4, rates=2, steps=100, methods=MAIN[:4], text=TEXT | {"pretrain": (600, 32)},
+                  cells=[("text", 512, 1)], more=[]),
+    "default": dict(seeds=8, rates=3, steps=100, methods=MAIN, text=TEXT, more=[],
+                    vision=dict(width=96, layers=6, pretrain=(800, 32), batch=32),
                     cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("vision", 20, 1),
-                           ("text", 512, 4), ("text", 64, 4), ("vision", 100, 4), ("vision", 20, 4)],
-                    rest=("text", 512, 1)),
-    "gpu": dict(seeds=8, rates=4, steps=150, methods=MAIN,
-                text=dict(width=512, layers=8, length=128, pretrain=2500, batch=8),
-                deep=dict(width=256, layers=16, length=128, pretrain=2000, batch=8),
-                vision=dict(width=384, layers=8, pretrain=1000, batch=32),
+                           ("text", 512, 4), ("text", 64, 4), ("vision", 100, 4), ("vision", 20, 4)]),
+    "gpu": dict(seeds=8, rates=4, steps=100, methods=MAIN,
+                text=dict(width=512, layers=8, length=128, pretrain=(1500, 128), batch=16),
+                deep=dict(width=256, layers=16, length=128, pretrain=(1000, 128), batch=16),
+                vision=dict(width=384, layers=8, pretrain=(600, 128), batch=32),
                 cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("text", 512, 4),
-                       ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1), ("vision", 100, 4),
-                       ("text", 512, 16), ("vision", 20, 4), ("text", 64, 16), ("vision", 100, 16),
-                       ("vision", 20, 16)], rest=("text", 512, 1))}
+                       ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1)],
+                more=[("vision", 100, 4), ("vision", 20, 4), ("text", 512, 16), ("text", 64, 16),
+                      ("vision", 100, 16), ("vision", 20, 16)])}
 START_RATE = 8e-3                    # the lowest of the first grid
 
 
@@ -134,11 +133,13 @@ class Task:
                 nn.init.xavier_uniform_(parameter)
         self.model.to(self.device)
         name = "-".join(str(value) for value in (kind, *sizes.values(), bool(args.cifar10)))
+        name = name.replace(", ", "x").strip("()")
         path = Path(args.out) / f"{name}.pt"
         if path.exists():
             self.model.load_state_dict(torch.load(path, self.device, weights_only=True))
         else:
-            loss, chance = self.pretrain(source, 2 if args.dry else sizes["pretrain"])
+            steps, batch = sizes["pretrain"]
+            loss, chance = self.pretrain(source, 2 if args.dry else steps, batch)
             if not args.dry and not loss < 0.8 * chance:
                 raise ValueError(f"pretraining {name}: the loss is {loss:.3f}, chance {chance:.3f}")
             print(f"pretrained {name}: loss {loss:.3f}", flush=True)
@@ -148,14 +149,15 @@ class Task:
         if self.device != "cpu":
             self.model.bfloat16()
 
-    def pretrain(self, source: tuple, steps: int) -> tuple[float, float]:
+    def pretrain(self, source: tuple, steps: int, batch: int) -> tuple[float, float]:
         """Trains all weights -> (last loss, loss of guessing)."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, fused=True)
+        lr = 2e-3 * (128 / self.sizes["width"]) ** 0.5
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: train_vit.warmup_cosine(step, steps))
         generator = torch.Generator().manual_seed(0)
         for _ in range(steps):
-            i = torch.randint(len(source[1]), (32,), generator=generator)
+            i = torch.randint(len(source[1]), (batch,), generator=generator)
             x, y = (part[i].to(self.device) for part in source)
             with torch.autocast(self.device, torch.bfloat16, self.device != "cpu"):
                 logits = self.model(x).float().flatten(0, -2)
@@ -239,6 +241,8 @@ class Loss(nn.Module):
         self.model, self.task, self.penalty = task.model, task, penalty
 
     def forward(self, x, y):
+        if x.is_floating_point():
+            x = x.to(next(self.model.parameters()).dtype)
         logits = self.model(x).float().flatten(0, -2)
         loss = F.cross_entropy(logits, y.flatten())
         if self.training:
@@ -265,12 +269,21 @@ class Experiments:
         self.loss = Loss(task, lambda: self.adapters.penalty(count) if self.adapters
                          else self.orthogonality())
         stacked = {f"model.{n}": torch.stack([s[n] for s in starts for _ in rates]) for n in starts[0]}
-        parameters = dict(self.loss.named_parameters())
-        self.trained = {n: t for n, t in stacked.items() if n in parameters}
-        self.buffers = {n: t for n, t in stacked.items() if n not in parameters}
         self.x, self.y = (torch.stack(part).to(task.device) for part in zip(*data))
-        self.state = {n: [torch.zeros_like(t), torch.zeros_like(t)] for n, t in self.trained.items()}
         self.lr = torch.tensor([rate for _ in seeds for rate in rates], device=task.device)
+        own = dict(self.loss.named_parameters())
+        self.buffers = {n: t for n, t in stacked.items() if n not in own}
+        self.trained = {n: t for n, t in stacked.items() if n in own}
+        # All but the probes are parts of one matrix [E, P], so that a step of AdamW is a few lines.
+        self.names = [n for n in self.trained if not n.endswith(".probe")]
+        parts = [self.trained[n].reshape(len(self.lr), -1) for n in self.names]
+        self.flat, gate, kept = torch.cat(parts, 1), [], []
+        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        for n, part in zip(self.names, self.flat.split([part.shape[1] for part in parts], 1)):
+            self.trained[n] = part.view_as(self.trained[n])
+            gate += [".gate." in n] * part.shape[1]
+            kept += [".gate." in n or ".structlora." in n] * part.shape[1]
+        self.gate, self.kept = (torch.tensor(flags, device=task.device) for flags in (gate, kept))
 
     def attach(self, config: Config, seed: int) -> dict[str, torch.Tensor]:
         """The tensors that this seed's experiments start from; the same A for every method."""
@@ -315,22 +328,15 @@ class Experiments:
         self.loss.train()
         grads, _ = self.each(grad_and_value(self.scored, has_aux=True), x, y, shared=False)
         self.observe(grads)
-        norm = sum(g.reshape(len(g), -1).square().sum(1) for g in grads.values()).sqrt()  # [E]
-        clip = (1 / (norm + 1e-6)).clamp(max=1)
-        schedule, t = train_vit.warmup_cosine(step, steps), step + 1
-        with torch.no_grad():
-            for name, grad in grads.items():                     # AdamW, one rate per experiment
-                tensor, (m, v) = self.trained[name], self.state[name]
-                gate, ones = ".gate." in name, [1] * (tensor.dim() - 1)
-                lr = torch.full_like(self.lr, 0.05 if "budget" in self.method else 0.01) if gate \
-                    else self.lr
-                lr = (schedule * lr).view(-1, *ones)
-                grad = grad * clip.view(-1, *ones)
-                if not gate and ".structlora." not in name:
-                    tensor.mul_(1 - 0.01 * lr)
-                m.lerp_(grad, 0.1)
-                v.mul_(0.999).addcmul_(grad, grad, value=0.001)
-                tensor -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        t, gate_lr = step + 1, 0.05 if "budget" in self.method else 0.01
+        g = torch.cat([grads[n].reshape(len(self.lr), -1) for n in self.names], 1)       # [E, P]
+        g *= (1 / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
+        rate = torch.where(self.gate, gate_lr, self.lr[:, None])                         # [E, P]
+        rate *= train_vit.warmup_cosine(step, steps)
+        self.flat *= 1 - 0.01 * rate * ~self.kept                # AdamW, one rate per experiment
+        self.m.lerp_(g, 0.1)
+        self.v.mul_(0.999).addcmul_(g, g, value=0.001)
+        self.flat -= rate * (self.m / (1 - 0.9**t)) / ((self.v / (1 - 0.999**t)).sqrt() + 1e-8)
         if self.method == "hybrid, budget r":
             self.prune(t / steps)
         if self.method == "AdaLoRA":
@@ -424,7 +430,7 @@ def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: l
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / (steps - min(20, steps - 1))
     scores = experiments.scores().view(len(seeds), len(rates), 2)
-    trainable = sum(t[0].numel() for n, t in experiments.trained.items() if "probe" not in n)
+    trainable = experiments.flat.shape[1]
     merged, cosine = [], None
     if experiments.adapters:
         for e in range(len(rates)):                              # of the first seed
@@ -579,9 +585,10 @@ def main() -> None:
     args.device = "cuda" if args.gpu and not args.dry else "cpu"
     path = Path(args.results) / f"{name}.jsonl"
     lines, tasks, total = read_lines(path), {}, 0.0
-    work = [(tuple(cell), method) for cell in size["cells"] for method in size["methods"]]
-    if size["rest"]:
-        work += [(size["rest"], method) for method in METHODS if method not in MAIN]
+    first, others = size["cells"][0], [m for m in METHODS if m not in MAIN and not args.quick]
+    work = [(cell, method) for cell in size["cells"] for method in size["methods"]]
+    work += [(first, method) for method in others]
+    work += [(cell, method) for cell in size["more"] for method in size["methods"]]
     for cell, method in [] if args.table else work:
         late = time.perf_counter() - began > 60 * args.minutes
         if (*cell, method) in lines or late or cell[0] == "deep" and method == "gate only":
@@ -606,7 +613,7 @@ def main() -> None:
         structlora.print_table([{c: row.get(c, "") for c in columns} for row in rows])
         if not args.quick:
             structlora.write(RESULTS / f"gain-{name}.svg", gain_figure(rows))
-            structlora.write(RESULTS / f"cosine-{name}.svg", cosine_figure(lines, size["rest"]))
+            structlora.write(RESULTS / f"cosine-{name}.svg", cosine_figure(lines, first))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import bench_speed
 from structlora import Config, attach
 from train_vit import batch_indices, warmup_cosine
 
-STEPS, SIZES = 13, dict(width=32, layers=3, length=8, pretrain=2, batch=4)
+STEPS, SIZES = 13, dict(width=32, layers=3, length=8, pretrain=(2, 8), batch=4)
 
 
 @pytest.fixture
