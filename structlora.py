@@ -374,13 +374,6 @@ class LayerGraph(nn.Module):
         """R_l in nats [L] (Eq. 3)."""
         return (gate_rate(self.stacked()[2]) * self.present()).sum((1, 2))
 
-    @torch.no_grad()
-    def updates(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """B [d, R], A [R, k] of each layer's final update B A = s dW_l, without shut directions."""
-        wide = torch.promote_types(self.layers[0].A.dtype, torch.float32)
-        A, B, weight, _ = self.stack(wide, random=False, probes=False)
-        return [(B[l][:, used], A[l][used]) for l, used in enumerate(weight != 0)]
-
 
 # --- Attach
 
@@ -570,12 +563,16 @@ class StructLoRA:
             for layer, value in before.items():
                 layer.disabled = value
 
+    @torch.no_grad()
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """name -> (B [out, R], A [R, in]) in fp32: the final update is B A, s included (Eq. 7). The
         merged rank R is r (1 + degree) less the directions that are shut or removed."""
         factors = {}
         for graph in self.graphs:
-            factors |= zip(graph.names, graph.updates())
+            wide = torch.promote_types(graph.layers[0].A.dtype, torch.float32)
+            A, B, weight, _ = graph.stack(wide, random=False, probes=False)
+            for l, used in enumerate(weight != 0):
+                factors[graph.names[l]] = B[l][:, used], A[l][used]
         return factors
 
     def deltas(self) -> dict[str, torch.Tensor]:
@@ -704,17 +701,12 @@ class StructLoRA:
                                       "cosine_matrix", "mixing")}
         drift, cosines, gradient_cosines = 0.0, [], []
         for graph in self.graphs:
-            kind, updates, gates = kind_of(graph.names[0]), graph.updates(), graph.stacked()[2]
+            kind, gates = kind_of(graph.names[0]), graph.stacked()[2]
             if kind in result["mixing"]:                         # in another shape
                 kind += f" {list(graph.layers[0].weight.shape)}"
-            gram = torch.zeros(len(updates), len(updates))       # <U_l, U_j>, without any [d, k]
-            for l, (B, A) in enumerate(updates):
-                for j, (B_j, A_j) in enumerate(updates):
-                    gram[l, j] = ((B.T @ B_j) * (A @ A_j.T)).sum()
-                values = thin_svd(B, A)[1] if A.shape[0] else A.new_zeros(1)
-                entropy = torch.special.entr(values / values.sum().clamp_min(1e-30)).sum()
-                result["kept"][graph.names[l]] = A.shape[0]
-                result["effective_rank"][graph.names[l]] = float(entropy.exp() * (values.sum() > 0))
+            A, B, weight, _ = graph.stack(torch.float32, random=False, probes=False)
+            columns, rows = torch.einsum("lda,jdb->lajb", B, B), torch.einsum("lak,jbk->lajb", A, A)
+            gram = (columns * rows).sum((1, 3))                  # <u_l, u_j>, without any [d, k]
             norm = gram.diagonal().clamp_min(0).sqrt()
             cosine = gram / (norm[:, None] * norm).clamp_min(1e-30)
             drift += float((norm[1:]**2 + norm[:-1]**2 - 2 * gram.diagonal(1)).sum())
@@ -723,6 +715,11 @@ class StructLoRA:
                 gradient_cosines += graph.gradient_cosine().diagonal(1).tolist()
             mixing = torch.einsum("ls,lsj->lj", graph.mixing(*graph.stacked()), graph.hears)
             result["cosine_matrix"][kind], result["mixing"][kind] = cosine, mixing
+            values = thin_svd(B, A)[1]                           # [L, R]
+            share = values / values.sum(1, keepdim=True).clamp_min(1e-30)
+            effective = torch.special.entr(share).sum(1).exp() * (norm > 0)
+            result["effective_rank"] |= zip(graph.names, effective.tolist())
+            result["kept"] |= zip(graph.names, (weight != 0).sum(1).tolist())
             if gates:
                 present = graph.present()
                 mean = (gate_mean(gates) * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)
@@ -735,10 +732,10 @@ class StructLoRA:
 
 
 def thin_svd(B: torch.Tensor, A: torch.Tensor) -> tuple:
-    """SVD of B A [d, k] through two thin QR factorisations: U [d, R], S [R], V^T [R, k]."""
-    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ U, S, Vh @ q_a.T
+    """SVD of B A [..., d, k] through two thin QR factorisations: U [..., d, R], S, V^T [..., R, k]."""
+    (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return q_b @ U, S, Vh @ q_a.mT
 
 
 # --- Files
@@ -808,8 +805,8 @@ def options(description: str, **own) -> argparse.Namespace:
     """The options of a script, checked: the fields of Config, those of every run, and its `own`
     (name=default). Joins the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
         flag = f"--{name.replace('_', '-')}"
         kind = TYPES.get(name, str if default is None else type(default))
@@ -840,11 +837,6 @@ def options(description: str, **own) -> argparse.Namespace:
     with reading(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
     return args
-
-
-def refuse(message: str) -> None:
-    """What argparse says of a mistake, without the usage text."""
-    raise ValueError(message)
 
 
 def make_config(args: argparse.Namespace, method: str, **changes) -> Config:

@@ -136,10 +136,9 @@ def with_transformers(sizes):
         vision_feature_select_strategy="default", attn_implementation="eager")).eval()
     theirs, (llava, clip), state = model.state_dict(), original(sizes), {}
     for key, tensor in llava.items():
-        for old, new in (("model.", "model.language_model."), ("language_model.mm_", "multi_modal_"),
-                         ("projector.0", "projector.linear_1"), ("projector.2", "projector.linear_2")):
-            key = key.replace(old, new)
-        state[key] = tensor
+        key = key.replace("model.", "model.language_model.").replace("projector.0", "projector.linear_1")
+        key = key.replace("projector.2", "projector.linear_2")
+        state[key.replace("language_model.mm_", "multi_modal_")] = tensor
     for key, tensor in clip.items():
         key = f"model.vision_tower.{key}"
         state[key if key in theirs else key.replace("vision_model.", "")] = tensor
@@ -162,7 +161,7 @@ def test_logits_are_those_of_transformers(tmp_path, size):
     sizes = SIZES[size]
     logits, P = load(tmp_path, sizes)(*batch(sizes, ROWS)), (sizes[6] // sizes[7]) ** 2
     lengths = [len(row) + (P - 1) * row.count(I) for row in ROWS]
-    assert logits.shape == (len(ROWS), max(lengths), sizes[0])
+    assert logits.shape == (len(ROWS), 7 + 2 * (P - 1), sizes[0])
     last = torch.stack([row[length - 1] for row, length in zip(logits, lengths)])
     torch.testing.assert_close(last, torch.tensor(EXPECTED[size]), atol=1e-4, rtol=1e-4)
     pytest.importorskip("transformers")
@@ -211,7 +210,7 @@ def test_pictures_and_their_tokens_must_agree_in_number(images, row, tmp_path):
 
 @pytest.mark.parametrize("pictured", (True, False))
 def test_gradients_reach_projector_and_tower(pictured, tmp_path):
-    """Zeros where a batch has no picture, so that the tower's graph is not taken for a stray one."""
+    """Zeros where a batch has no picture, so that the tower is not taken for a stray one."""
     model, (images, tokens) = load(tmp_path).train(), batch(PLAIN, ROWS)
     adapters = attach(model, Config(rank=1, targets="q_proj"))
     assert sorted("tower" in graph.names[0] for graph in adapters.graphs) == [False, True]
@@ -233,7 +232,8 @@ def change(name, **entries):
     return apply
 
 
-CLIP, LLAVA, BIAS = "clip/pytorch_model.bin", "llava/config.json", "vision_model__pre_layrnorm__bias"
+CLIP, LLAVA = "clip/pytorch_model.bin", "llava/config.json"
+BIAS = "vision_model__pre_layrnorm__bias"
 BAD = {  # what is done to the folder, what the line must say
     "no CLIP": (lambda f: (f / CLIP).unlink(), "clip.pytorch_model.bin"),
     "cut short": (lambda f: (f / CLIP).write_bytes((f / CLIP).read_bytes()[:999]), "clip.*damaged"),
@@ -247,7 +247,7 @@ BAD = {  # what is done to the folder, what the line must say
     "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "mm_vision_select_layer is 9"),
     "image tokens": (change(LLAVA, mm_use_im_start_end=True), "mm_use_im_start_end is True"),
     "tiles": (change(LLAVA, image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
-    "another projector": (change(LLAVA, mm_projector_type="linear"), "mm_projector_type is 'linear'")}
+    "another projector": (change(LLAVA, mm_projector_type="linear"), "mm_projector_type is 'lin")}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -378,9 +378,9 @@ def test_pictures_are_padded_and_go_clips_processors_way(shape):
     row = train_llava.Row([1], [True], 0, torch.from_numpy(pixels).permute(2, 0, 1))
     vision = train_llava.vit.ViTConfig(16, mean=train_llava.CLIP_MEAN, std=train_llava.CLIP_STD)
     images, _, _ = collate([row, row._replace(image=None)], "cpu", vision)
-    side = max(shape)
-    square, (top, left) = np.full((side, side, 3), (122, 116, 104), np.uint8), (side - n for n in shape)
-    square[top // 2:top // 2 + shape[0], left // 2:left // 2 + shape[1]] = pixels
+    square = np.full((max(shape), max(shape), 3), (122, 116, 104), np.uint8)
+    top, left = ((max(shape) - n) // 2 for n in shape)
+    square[top:top + shape[0], left:left + shape[1]] = pixels
     processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     theirs = processor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})(square)
     theirs = torch.as_tensor(np.array(theirs["pixel_values"]))
@@ -399,7 +399,7 @@ class Letters:
 
 
 def test_the_prompt_is_vicunas_and_only_answers_are_learned():
-    row = encode(Letters(), Example(None, [("<image>\nA?", "cat"), ("B?", "")], ["cat"], "question"))
+    row = encode(Letters(), Example(None, [("<image>\nA?", "cat"), ("B?", "")], [], "question"))
     text = "".join({I: "<image>", 1: "<s>", 2: "</s>"}.get(i) or chr(i) for i in row.tokens)
     assert text == ("<s>A chat between a curious user and an artificial intelligence assistant. "
                     "The assistant gives helpful, detailed, and polite answers to the user's "
@@ -474,5 +474,5 @@ def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, argum
 
 if __name__ == "__main__":
     for size, sizes in SIZES.items():
-        last = [logits[-1].double().numpy().round(5).tolist() for logits in with_transformers(sizes)]
-        print(textwrap.fill(f"{size!r}: {last},", 96, initial_indent="    ", subsequent_indent=" " * 8))
+        last = [row[-1].double().numpy().round(5).tolist() for row in with_transformers(sizes)]
+        print(textwrap.indent(textwrap.fill(f"{size!r}: {last},", 92), "    "))
