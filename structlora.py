@@ -37,15 +37,15 @@ form one graph; kinds do not mix. The equations below are repeated where they ar
     9  concrete gate: m = sigmoid((logit u + phi) / temperature), pi = sigmoid(phi),
        rate = KL(Bernoulli(pi) || Bernoulli(prior)); evaluation uses pi if pi >= 1/2 else 0
 
-Where this departs from the paper. (a) It swaps the names A and B; ours are LoRA's and PEFT's. (b) Its
-message sigma(h Theta) acts on vec(dW): Theta would have (d k)^2 entries, and nothing could be merged
-exactly; we keep the linear residual part and put what is learned into the attention. Its features
-are sketches without a gradient: attention should weigh the updates, not pull on them. (c) It leaves
-the noise model and N open: beta = 1 would be the variational free energy, but with few labels that
-shuts messages which help; hence 0.1. A Gaussian gate is not confined to [0, 1]: B absorbs its scale,
-only mu / sigma matters. (d) The similarity edges settle after EDGES_SETTLE steps: each change of a
-sender is a jump. (e) Edges "all" are ours: the directions of a kind form one dictionary, which every
-layer reads in a random way of its own.
+Where this departs from the paper. (a) It swaps the names A and B; ours are LoRA's and PEFT's. (b)
+Its message sigma(h Theta) acts on vec(dW): Theta would have (d k)^2 entries, and nothing could be
+merged exactly; we keep the linear residual part and put what is learned into the attention. Its
+features are sketches without a gradient: attention should weigh the updates, not pull on them. (c)
+It leaves the noise model and N open: beta = 1 would be the variational free energy, but with few
+labels that shuts messages which help; hence 0.1. A Gaussian gate is not confined to [0, 1]: B
+absorbs its scale, only mu / sigma matters. (d) The similarity edges settle after EDGES_SETTLE
+steps: each change of a sender is a jump. (e) Edges "all" are ours: the directions of a kind form
+one dictionary, which every layer reads in a random way of its own.
 
 All but the last part of this file, what the scripts share, is the method; it needs torch only.
 """
@@ -117,7 +117,6 @@ class Config:
 
 # --- Gates, of all layers of a kind at once: parameters [L, S, r] (receivers, senders, directions)
 
-
 def gate_strength(gates: dict) -> torch.Tensor:
     """What Eq. 8 ranks the directions by: mu^2 / sigma^2, or pi = sigmoid(phi) = P(m > 1/2)."""
     if "phi" in gates:
@@ -154,11 +153,11 @@ def gate_draw(gates: tuple[torch.Tensor, ...], samples: int) -> torch.Tensor:
 
 # --- Layer
 
-
 class LoRALinear(nn.Linear):
-    """A frozen linear layer and its update, Eq. 1 in the form of Eq. 7: x [N, ..., k] of N samples ->
-    [N, ..., d]. It takes over the frozen weight [d, k] and bias [d] themselves, and owns A [r, k],
-    B [d, r] and the gates [S, r] of the messages that it receives before each pass of the model."""
+    """A frozen linear layer and its update, Eq. 1 in the form of Eq. 7: x [N, ..., k] of N samples
+    -> [N, ..., d]. It takes over the frozen weight [d, k] and bias [d] themselves, and owns A
+    [r, k], B [d, r] and the gates [S, r] of the messages that it gets before each pass of the
+    model."""
 
     def __init__(self, linear: nn.Linear, config: Config, slots: int):
         d, k = linear.weight.shape
@@ -170,7 +169,7 @@ class LoRALinear(nn.Linear):
         self.probe = nn.Parameter(torch.zeros(SKETCH, SKETCH))   # C, see LayerGraph.stack
         self.weight, self.bias = linear.weight, linear.bias
         self.to(linear.weight.device).train(linear.training)
-        self.config, self.disabled = config, False
+        self.config, self.disabled = config, 0
         self.message = None          # (A [R, k], B [d, R], gates to draw [R] or none), Eq. 7
         self.last = self.ask = None          # the last one with gradients; LayerGraph.messages
 
@@ -208,7 +207,6 @@ class LoRALinear(nn.Linear):
 
 
 # --- Graph of layers: the coordinator
-
 
 class LayerGraph(nn.Module):
     """The edges between the adapted layers of one kind, and the messages along them: those of all
@@ -280,7 +278,8 @@ class LayerGraph(nn.Module):
             if gates and not random:
                 weight = weight * gate_mean(gates)
             elif gates:
-                drawn = [gates["phi"]] if "phi" in gates else [gates["mu"], gates["log_sigma"].exp()]
+                drawn = [gates["phi"]] if "phi" in gates else [gates["mu"],
+                                                               gates["log_sigma"].exp()]
                 drawn = [gate.flatten(1).to(dtype) for gate in drawn]
             A, B = self.gather(A.to(dtype), B.to(dtype))
             weight = weight.flatten(1).to(dtype)                                 # [L, R = S r]
@@ -377,7 +376,6 @@ class LayerGraph(nn.Module):
 
 # --- Attach
 
-
 def kind_of(name: str) -> str:
     """The name with its numbers replaced by *, but for the last component, where w1 and w3 are
     different layers: "block3.layers.0.w1" -> "block*.layers.*.w1"."""
@@ -393,8 +391,8 @@ def find_targets(model: nn.Module, targets: tuple) -> dict[str, nn.Linear]:
     for target in targets:
         matches = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not linears.keys() & set(matches):
-            other = f"{matches[0]} is a {type(modules[matches[0]]).__name__}" if matches else "no name"
-            raise ValueError(f"{target!r} matches no nn.Linear ({other}); the model has: {there}")
+            kind = type(modules[matches[0]]).__name__ if matches else "nothing"
+            raise ValueError(f"{target!r} names {kind}, no nn.Linear; the model has: {there}")
         found |= {name: linears[name] for name in matches if name in linears}
     return found
 
@@ -413,8 +411,6 @@ def refusal(model: nn.Module, name: str, linear: nn.Linear, rank: int) -> str | 
         return "it has hooks, which would be lost: remove them first"
     if len(owners) > 1:
         return f"its weight is tied ({' = '.join(owners)}): merging would change both"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return ("nn.TransformerEncoderLayer reads its weight without calling it: call "
                 "torch.backends.mha.set_fastpath_enabled(False) first")
@@ -425,9 +421,8 @@ def refusal(model: nn.Module, name: str, linear: nn.Linear, rank: int) -> str | 
 
 def attach(model: nn.Module, config: Config = Config()) -> "StructLoRA":
     """Freezes `model` and replaces every nn.Linear whose dotted name ends in one of config.targets.
-    The output stays bit-equal until the first step. Raises ValueError, with the model untouched,
-    if a target matches no linear layer (it lists those there are), for layers that cannot work (see
-    refusal) and if the model has adapters already."""
+    The output stays bit-equal until the first step. Raises ValueError, with the model untouched, if
+    a target matches nothing, for layers that refusal() names, and if there are adapters already."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge() or detach() them first")
     found = find_targets(model, config.targets)
@@ -439,6 +434,13 @@ def attach(model: nn.Module, config: Config = Config()) -> "StructLoRA":
         warnings.warn(f"no layer has a neighbour to share with: {', '.join(found)} are each the "
                       "only one of its kind", stacklevel=2)
     return adapters
+
+
+def reading_out(method: Callable) -> Callable:
+    """Decorator of what computes the final updates: no gradient, and no autocast, which rounds."""
+    for device in ("cpu", "cuda"):
+        method = torch.autocast(device, enabled=False)(method)
+    return torch.no_grad()(method)
 
 
 class StructLoRA:
@@ -482,9 +484,8 @@ class StructLoRA:
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained beside the adapters, by name: a new head, usually."""
-        own = {p for graph in self.graphs for p in graph.parameters()}
-        for layer in self.layers.values():
-            own |= {layer.A, layer.B, layer.probe, *layer.gate.values()}
+        own = {p for module in (*self.graphs, *self.layers.values())
+               for name, p in module.named_parameters() if name not in ("weight", "bias")}
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad and p not in own}
 
     def param_groups(self, lr: float, gate_lr: float | None = None,
@@ -524,9 +525,9 @@ class StructLoRA:
             probes = graph.probes()
             if probes and graph.steps == 0 and all(probe.grad is None for probe in probes):
                 names = ", ".join(graph.names)
-                raise ValueError(f"no gradient reached {names}: the model reads their weights without "
-                                 "calling them, or a gradient checkpoint without use_reentrant=False "
-                                 "cuts them off, or backward() was not called")
+                raise ValueError(f"no gradient reached {names}: the model does not call them (only "
+                                 "reads their weights), or a gradient checkpoint needs "
+                                 "use_reentrant=False, or backward() was not called")
             if graph.layers[0].A.dtype in (torch.float16, torch.bfloat16):
                 warnings.warn("adapters in half precision: cast before attach()", stacklevel=2)
         for graph in self.graphs:
@@ -554,16 +555,16 @@ class StructLoRA:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the frozen one: a reference model for DPO, a baseline."""
-        before = {layer: layer.disabled for layer in self.layers.values()}
-        for layer in before:
-            layer.disabled = True
+        layers = [*self.layers.values()]
+        for layer in layers:
+            layer.disabled += 1              # may be nested
         try:
             yield
         finally:
-            for layer, value in before.items():
-                layer.disabled = value
+            for layer in layers:
+                layer.disabled -= 1
 
-    @torch.no_grad()
+    @reading_out
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """name -> (B [out, R], A [R, in]) in fp32: the final update is B A, s included (Eq. 7). The
         merged rank R is r (1 + degree) less the directions that are shut or removed."""
@@ -575,11 +576,12 @@ class StructLoRA:
                 factors[graph.names[l]] = B[l][:, used], A[l][used]
         return factors
 
+    @reading_out
     def deltas(self) -> dict[str, torch.Tensor]:
         """name -> the final update s dW_l [out, in] in fp32."""
         return {name: B @ A for name, (B, A) in self.factors().items()}
 
-    @torch.no_grad()
+    @reading_out
     def merge(self) -> nn.Module:
         """Adds the updates to the weights (in fp32, then cast) and removes the adapters. Returns
         the model; a second call changes nothing. Raises ValueError, with the model untouched, if a
@@ -651,9 +653,9 @@ class StructLoRA:
 
     def export_peft(self, directory: str | Path, base: str | None = None,
                     rank: int | None = None) -> None:
-        """Writes adapter_config.json and adapter_model.bin, which PEFT reads as a plain LoRA, with a
-        trained head as modules_to_save. rank=None is exact; otherwise each update is cut to `rank`
-        by SVD. Raises ValueError for what PEFT cannot carry and for what is not finite."""
+        """Writes adapter_config.json and adapter_model.bin, which PEFT reads as a plain LoRA, with
+        a trained head as modules_to_save. rank=None is exact; otherwise each update is cut to
+        `rank` by SVD. Raises ValueError for what PEFT cannot carry or is not finite."""
         if rank is not None and rank < 1:
             raise ValueError(f"rank={rank}: must be at least 1")
         state, trained, tensors, ranks = self.state()["state"], self.trained(), {}, {}
@@ -690,7 +692,7 @@ class StructLoRA:
               {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
         write(Path(directory, "adapter_config.json"), json.dumps(config, indent=2))
 
-    @torch.no_grad()
+    @reading_out
     def diagnostics(self) -> dict[str, Any]:
         """What the gates and the coordinator did. Keys: rate (nats), gate_mean, kept (merged rank),
         effective_rank (exp of the entropy of the singular values): name -> number. drift_energy:
@@ -701,11 +703,12 @@ class StructLoRA:
                                       "cosine_matrix", "mixing")}
         drift, cosines, gradient_cosines = 0.0, [], []
         for graph in self.graphs:
-            kind, gates = kind_of(graph.names[0]), graph.stacked()[2]
-            if kind in result["mixing"]:                         # in another shape
-                kind += f" {list(graph.layers[0].weight.shape)}"
+            gates, shape = graph.stacked()[2], list(graph.layers[0].weight.shape)
+            kind = kind_of(graph.names[0])
+            kind += f" {shape}" * (kind in result["mixing"])     # the same kind in another shape
             A, B, weight, _ = graph.stack(torch.float32, random=False, probes=False)
-            columns, rows = torch.einsum("lda,jdb->lajb", B, B), torch.einsum("lak,jbk->lajb", A, A)
+            columns = torch.einsum("lda,jdb->lajb", B, B)
+            rows = torch.einsum("lak,jbk->lajb", A, A)
             gram = (columns * rows).sum((1, 3))                  # <u_l, u_j>, without any [d, k]
             norm = gram.diagonal().clamp_min(0).sqrt()
             cosine = gram / (norm[:, None] * norm).clamp_min(1e-30)
@@ -732,14 +735,13 @@ class StructLoRA:
 
 
 def thin_svd(B: torch.Tensor, A: torch.Tensor) -> tuple:
-    """SVD of B A [..., d, k] through two thin QR factorisations: U [..., d, R], S, V^T [..., R, k]."""
+    """SVD of B A through two thin QR factorisations: U [..., d, R], S [..., R], V^T [..., R, k]."""
     (q_b, r_b), (q_a, r_a) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     return q_b @ U, S, Vh @ q_a.mT
 
 
 # --- Files
-
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
@@ -768,7 +770,7 @@ def load_torch(path: str | Path) -> Any:
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raises ValueError that names the first tensor with NaN or infinite entries."""
-    for name, tensor in tensors.items():     # isfinite() takes 20 times as long; NaN spreads to both
+    for name, tensor in tensors.items():     # isfinite() takes 20 times as long; NaN spreads
         if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):
             raise ValueError(f"{name} has NaN or infinite entries")
 
@@ -795,8 +797,8 @@ TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume
 TYPES = {"alpha": float, "budget": float, "fraction": float, "lr": float, "shots": int,
          "image_size": int, "num_heads": int}        # of options without a default
 RUN = {"alpha": None,                # 2 * rank
-       "targets": ",".join(Config.targets), "method": "structlora", "checkpoint": None, "data": None,
-       "shots": None, "fraction": None,      # labelled examples (per class) to use, or their share
+       "targets": ",".join(Config.targets), "method": "structlora", "checkpoint": None,
+       "data": None, "shots": None, "fraction": None,       # labelled examples of a class
        "lr": None, "accumulate": 1, "seed": 0, "save_every": 100, "resume": False, "merge": False,
        "eval_only": False, "dtype": None, "device": "cuda" if torch.cuda.is_available() else "cpu"}
 

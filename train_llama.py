@@ -4,13 +4,10 @@
     python train_llama.py --checkpoint Llama-2-7b --data boolq --rank 8          one GPU
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
---checkpoint reads Meta's folders (consolidated.NN.pth, params.json) and Hugging Face's (config.json
-and pytorch_model*.bin) of LLaMA 1, 2, 3, 3.1 and 3.2, and what --merge writes. --tokenizer reads a
-tokenizer.model, SentencePiece's or Llama 3's; default: the one in that folder. --data reads records
-of {instruction, input, output}, BoolQ's and PIQA's (.json, .jsonl, .ndjson) and text (.txt): a
-file, or a folder of train.* and test.* (dev, valid, val).
-
-Order of this file: model, checkpoints, tokenizers, data, scores and generation, demo, training.
+--checkpoint reads Meta's folders (consolidated.NN.pth, params.json), Hugging Face's (config.json,
+pytorch_model*.bin) of LLaMA 1, 2, 3, 3.1 and 3.2, and what --merge writes. --tokenizer: the
+tokenizer.model of SentencePiece or Llama 3, if not in there. --data: {instruction, input, output}
+(.json, .jsonl, .ndjson) or .txt, a file or a folder of train.* and test.* (dev, valid, val).
 """
 
 import base64
@@ -26,28 +23,25 @@ import unicodedata
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import structlora
 from structlora import Config, StructLoRA, attach, load_torch, make_config, reading, write
-from train_vit import batch_indices, choose, warmup_cosine
+from train_vit import batch_indices, choose, pretrain, warmup_cosine
 
-# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is LLM-Adapters'.
-RATES = {"lora": 4e-2, "matched": 2e-2, "structlora": 4e-2, "all": 4e-2, "checkpoint": 3e-4}
+# Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
+RATES = {"lora": 4e-2, "matched": 2e-2, "structlora": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
 
 
 # --- Model: names and rotary layout are Hugging Face's, so that exported adapters fit its models
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -66,9 +60,8 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> torch.Tensor:
-    """Radians per position of each pair of channels, [head_dim / 2] in fp32 (Su et al. 2021). Llama
-    3.1 makes wavelengths longer than the context of pretraining over `low` `factor` times as long,
-    none shorter than it over `high`, and blends between."""
+    """Radians per position of each pair of channels [head_dim / 2] (Su et al. 2021). Llama 3.1 slows
+    those of under `low` turns in its first context by `factor`, of over `high` not, and blends."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-pairs / config.head_dim)
     if not config.rope_scaling:
@@ -94,9 +87,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class Attention(nn.Module):
@@ -168,12 +159,10 @@ class Llama(nn.Module):
         return {"llama": asdict(self.config)}
 
     def forward(self, tokens=None, embeddings=None, real=None, cache=None, select=None):
-        """Logits [N, T, V].
-
-        embeddings [N, T, D] may stand in for tokens. cache: {} at first; keeps keys and values for
-        the tokens of the next call. real [N, S] bool is False at padding on the left (S = T and
-        what the cache holds), which is not attended to; padding on the right needs none. select
-        [N, T] bool: logits [M, V] of the M places marked, row by row."""
+        """Logits [N, T, V]. embeddings [N, T, D] may stand in for tokens. cache: {} at first; keeps
+        keys and values for the tokens of the next call. real [N, S] bool is False at padding on the
+        left (S = T and what the cache holds), which is not attended to; padding on the right needs
+        none. select [N, T] bool: logits [M, V] of the M places marked, row by row."""
         x = self.model.embed_tokens(tokens) if embeddings is None else embeddings
         (N, T, _), past, mask = x.shape, cache[0][0].shape[2] if cache else 0, None
         key = torch.arange(past + T, device=x.device)                            # [S]
@@ -195,10 +184,15 @@ class Llama(nn.Module):
 # --- Checkpoints
 
 Part = list    # of the memory-mapped tensors that joined are a weight: model-parallel files cut it
+# What the components of Meta's names become in ours.
+META = {"tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
+        "output": "lm_head", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj",
+        "wv": "v_proj", "wo": "o_proj", "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj",
+        "w3": "up_proj", "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm"}
 
 
-def load_llama(directory: str | Path, dtype: torch.dtype = torch.bfloat16,
-               device: str = "cpu") -> Llama:
+def load_llama(directory: str | Path, dtype=torch.bfloat16, device: str = "cpu") -> Llama:
     """Reads a LLaMA from a folder in Meta's or in Hugging Face's layout, or from what --merge
     wrote, in eval mode. Raises ValueError that names the file and what is wrong."""
     with reading(directory):
@@ -229,43 +223,30 @@ def read_checkpoint(directory: str | Path) -> tuple[LlamaConfig, dict[str, Part]
     """The sizes and weights in a folder of Meta's or Hugging Face's, or in what --merge wrote."""
     path, parts = Path(directory), {}
     with reading(path):
+        if path.is_file():
+            file = load_torch(path)
+            return LlamaConfig(**file["llama"]), {name: [t] for name, t in file["model"].items()}
         meta = sorted(path.glob("consolidated.*.pth"))
-        for file in meta or sorted(path.glob("pytorch_model*.bin")):
+        for file in meta or sorted(path.glob("pytorch_model*.bin")) or [path / "pytorch_model.bin"]:
             for name, tensor in read_state(file).items():
                 parts.setdefault(name, Part()).append(tensor)
         if meta:
             return read_meta(path / "params.json", parts)
-        if parts:
-            return huggingface_config(path / "config.json"), parts
-        if path.is_dir() or path.suffix == ".safetensors":
-            raise ValueError("no consolidated.00.pth or pytorch_model.bin; convert safetensors: "
-                             "torch.save(safetensors.torch.load_file(FILE), 'pytorch_model.bin')")
-        file = load_torch(path)
-        return LlamaConfig(**file["llama"]), {name: [t] for name, t in file["model"].items()}
+        return huggingface_config(path / "config.json"), parts
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, by names without what torch.compile and DataParallel put in front, and
-    without the rotary tables of old files: they are computed."""
+    """The tensors of a file, without compile's and DataParallel's prefixes and rotary tables."""
     with reading(path):
         return {key.replace("_orig_mod.", "").removeprefix("module."): tensor
                 for key, tensor in load_torch(path).items()
                 if not key.endswith(("rope.freqs", "rotary_emb.inv_freq"))}
 
 
-# What the components of Meta's names become in ours.
-META = {"tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
-        "output": "lm_head", "attention": "self_attn", "wq": "q_proj", "wk": "k_proj",
-        "wv": "v_proj", "wo": "o_proj", "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj",
-        "w3": "up_proj", "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm"}
-
-
 def read_meta(path: Path, parts: dict[str, Part]) -> tuple[LlamaConfig, dict[str, Part]]:
-    """Sizes from params.json, and the weights of consolidated.NN.pth by our names. Before Llama 3
-    vocab_size is -1: the embedding says it, which is cut by rows or by columns. Llama 3.2 ties its
-    output to the embedding and stores it nevertheless. With use_scaled_rope Meta's code stretches
-    by 8; its Hugging Face files of 3.2 say 32, which we follow if tied."""
+    """Sizes from params.json, weights by our names. Before Llama 3 vocab_size is -1: the embedding
+    says it, cut by rows or by columns. Llama 3.2 stores its tied output too. With use_scaled_rope
+    Meta's code stretches by 8; its Hugging Face files of 3.2 say 32, which we follow if tied."""
     with reading(path):
         p, embeddings = json.loads(path.read_text()), parts["tok_embeddings.weight"]
         embedding, output = embeddings[0], parts.get("output.weight", embeddings)[0]
@@ -274,11 +255,10 @@ def read_meta(path: Path, parts: dict[str, Part]) -> tuple[LlamaConfig, dict[str
         hidden = int((p.get("ffn_dim_multiplier") or 1) * int(8 * p["dim"] / 3))
         multiple, heads = p.get("multiple_of", 256), p["n_heads"]
         scaling = (p.get("rope_scaling_factor") or (32.0 if tied else 8.0), 1.0, 4.0, 8192)
-        c = LlamaConfig(
-            rows, p["dim"], p["n_layers"], heads, p.get("n_kv_heads") or heads,
-            p.get("head_dim") or p["dim"] // heads, -(-hidden // multiple) * multiple,
-            p["norm_eps"], p.get("rope_theta") or 10000.0,
-            scaling if p.get("use_scaled_rope") else (), tied)
+        c = LlamaConfig(rows, p["dim"], p["n_layers"], heads, p.get("n_kv_heads") or heads,
+                        p.get("head_dim") or p["dim"] // heads, -(-hidden // multiple) * multiple,
+                        p["norm_eps"], p.get("rope_theta") or 10000.0,
+                        scaling if p.get("use_scaled_rope") else (), tied)
     result = {}
     for key, part in parts.items():
         if key.endswith(("wq.weight", "wk.weight")):    # rows 2i, 2i + 1 of a head turn together;
@@ -294,14 +274,12 @@ def huggingface_config(path: Path) -> LlamaConfig:
         c = {"model_type": "llama", "hidden_act": "silu"} | json.loads(path.read_text())
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}   # transformers 5, before
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        for found, allowed in ((c["model_type"], ("llama", "llava", "llava_llama")),
-                               (c["hidden_act"], ("silu",)), (kind, ("default", "llama3"))):
-            if found not in allowed:
-                raise ValueError(f"{found!r} is not supported, only {' or '.join(allowed)}")
-        scaling, heads = (), c["num_attention_heads"]
-        if kind == "llama3":
-            scaling = (rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
-                       rope["original_max_position_embeddings"])
+        if foreign := {c["model_type"], c["hidden_act"], kind} - {"llama", "llava", "llava_llama",
+                                                                  "silu", "default", "llama3"}:
+            raise ValueError(f"{' and '.join(foreign)}: not supported")
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = tuple(rope[key] for key in keys) if kind == "llama3" else ()
+        heads = c["num_attention_heads"]
         return LlamaConfig(
             c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], heads,
             c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads,
@@ -312,11 +290,9 @@ def huggingface_config(path: Path) -> LlamaConfig:
 
 # --- Tokenizers
 
-
 def load_tokenizer(path: str | Path) -> "Bytes":
-    """A tokenizer.model of SentencePiece or tiktoken, told by its content, or the folder of one:
-    encode(text, bos=True, eos=False) -> ids, decode(ids) -> text, bos_id, eos_id, vocab_size.
-    Raises ValueError that names the file."""
+    """A tokenizer.model (or the folder of one) of SentencePiece or tiktoken, told by its content:
+    .encode(text, bos=True, eos=False) -> ids, .decode(ids), .bos_id, .eos_id, .vocab_size."""
     path = Path(path)
     path = path / "tokenizer.model" if path.is_dir() else path
     with reading(path):
@@ -368,68 +344,56 @@ class Bytes:
         return b"".join(known).decode(errors="replace")
 
 
-def protobuf(data: bytes) -> list[tuple]:
+def protobuf(data: bytes) -> Iterator[tuple]:
     """(field number, value) of a message: an int, or bytes (strings, messages, fixed widths)."""
-    result, at = [], 0
-
     def varint(at: int) -> tuple[int, int]:                      # seven bits a byte, lowest first
         digits = re.compile(rb"[\x80-\xff]*[\x00-\x7f]").match(data, at)[0]
         return sum((byte & 127) << 7 * i for i, byte in enumerate(digits)), at + len(digits)
 
+    at = 0
     while at < len(data):
         key, at = varint(at)
         size, at = varint(at) if key & 7 in (0, 2) else ({1: 8, 5: 4}[key & 7], at)
         value, at = (data[at:at + size], at + size) if key & 7 else (size, at)
-        result.append((key >> 3, value))
+        yield key >> 3, value
     if at > len(data):
         raise ValueError("cut short")
-    return result
 
 
 class SentencePiece(Bytes):
-    """A SentencePiece BPE model, as of LLaMA 1 and 2 (Kudo and Richardson 2018): the union of the
-    highest score is made first, spaces become U+2581, one is put in front, and characters without a
-    piece become bytes."""
+    """A SentencePiece BPE model, as of LLaMA 1 and 2 (Kudo and Richardson 2018): spaces are U+2581,
+    one goes in front, the union of the highest score is made first, what has no piece is bytes."""
+    chunks = re.compile("\u2581*[^\u2581]+|\u2581+").findall     # no token crosses into a space
 
     def __init__(self, data: bytes):
-        message = protobuf(data)
+        message = list(protobuf(data))
         pieces = [{2: bytes(4), 3: 1} | dict(protobuf(value))    # 1: text, 2: score, 3: kind
                   for field, value in message if field == 1]
         trainer, normaliser = (dict(protobuf(dict(message)[field])) for field in (2, 3))
         texts, kinds = [piece[1].decode() for piece in pieces], [piece[3] for piece in pieces]
         self.bos_id, self.eos_id = trainer.get(41, 1), trainer.get(42, 2)
-        self.vocab_size = len(pieces)
-        # BPE, byte fallback, no suffix for spaces; no table of characters, spaces neither removed
-        # nor left as they are; no user-defined or unused pieces; control pieces as start and end.
-        if (trainer.get(3), trainer.get(35), trainer.get(24, 0), normaliser.get(2, b""),
-                normaliser.get(4, 1), normaliser.get(5, 1), {4, 5} & set(kinds),
-                kinds[self.bos_id], kinds[self.eos_id]) != (2, 1, 0, b"", 0, 1, set(), 3, 3):
+        self.ids = {text: [i] for i, text in enumerate(texts) if kinds[i] == 1}  # normal pieces
+        # Not BPE, a table of characters, spaces removed, or pieces of the user's.
+        if trainer.get(3) != 2 or normaliser.get(2) or normaliser.get(4, 1) or {4, 5} & {*kinds}:
             raise ValueError("a SentencePiece model of another kind than LLaMA's: not supported")
-        self.prefix = "\u2581" if normaliser.get(3, 1) else ""
-        self.ids = {text: i for i, text in enumerate(texts) if kinds[i] == 1}    # normal pieces
-        self.ranks = {text: -struct.unpack("<f", pieces[i][2])[0] for text, i in self.ids.items()}
+        self.prefix, self.vocab_size = "\u2581" * normaliser.get(3, 1), len(pieces)
+        self.ranks = {t: -struct.unpack("<f", pieces[i][2])[0] for t, (i,) in self.ids.items()}
         self.byte_ids = [texts.index(f"<0x{byte:02X}>") for byte in range(256)]
         self.tokens = [text.encode() if text in self.ids else b"" for text in texts]
         for byte, i in enumerate(self.byte_ids):
             self.tokens[i] = bytes([byte])
-        # No token crosses into a space unless some piece has a space inside: then no cuts.
-        inside = any(re.search("[^\u2581]\u2581", text) for text in self.ids)
-        self.chunks = re.compile("(?s).+" if inside else "\u2581*[^\u2581]+|\u2581+").findall
         self.encode_chunk = functools.lru_cache(2 ** 16)(self.encode_chunk)  # most words come again
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """As sentencepiece's encode, exactly."""
         return super().encode(self.prefix * bool(text) + text.replace(" ", "\u2581"), bos, eos)
 
     def encode_chunk(self, chunk: str) -> list[int]:
         ids = []
         for part in bpe(list(chunk), self.ranks):
-            known = part in self.ids
-            ids += [self.ids[part]] if known else [self.byte_ids[byte] for byte in part.encode()]
+            ids += self.ids.get(part) or [self.byte_ids[byte] for byte in part.encode()]
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text; the space in front goes."""
         return super().decode(ids).removeprefix(self.prefix).replace("\u2581", " ")
 
 
@@ -455,10 +419,9 @@ class Tiktoken(Bytes):
         self.encode_chunk = functools.lru_cache(2 ** 16)(self.encode_chunk)  # most words come again
 
     def encode_chunk(self, chunk: str) -> list[int]:
-        data = chunk.encode()
-        if data in self.ranks:                                   # though no joins may lead to it
-            return [self.ranks[data]]
-        return [self.ranks[part] for part in bpe([bytes([b]) for b in data], self.ranks)]
+        data = chunk.encode()            # a token is taken whole, though no joins may lead to it
+        parts = [data] if data in self.ranks else bpe([bytes([byte]) for byte in data], self.ranks)
+        return [self.ranks[part] for part in parts]
 
 
 # --- Data
@@ -490,14 +453,12 @@ def read_data(path: str | Path, seed: int) -> tuple[list[Example], list[Example]
             random.Random(seed).shuffle(train)
             held = max(1, len(train) // 10)
             train, test = train[held:], train[:held]
-        outputs = sorted({e.choices[e.answer] for e in train + test})
+        outputs = sorted({e.choices[0] for e in train + test})
         if not train or not test or not "".join(outputs).strip():
-            raise ValueError(f"{len(train)} training and {len(test)} test examples are too few, or "
-                             "every output is empty: does the answer stand in another field?")
-    alone = all(e.prompt and len(e.choices) == 1 for e in train + test)
-    if alone and 2 <= len(outputs) <= min(10, len(train) // 2):
-        train, test = ([Example(e.prompt, outputs, outputs.index(e.choices[0])) for e in part]
-                       for part in (train, test))
+            raise ValueError("too few examples, or every output is empty: is the answer elsewhere?")
+    if all(e.prompt for e in train + test) and 2 <= len(outputs) <= min(10, len(train) // 2):
+        for part in (train, test):
+            part[:] = [Example(e.prompt, outputs, outputs.index(e.choices[0])) for e in part]
     return train, test
 
 
@@ -513,69 +474,52 @@ def read_examples(path: Path) -> list[Example]:
             return [Example("", [part], 0) for part in parts]
         records = [line for line in text.split("\n") if line.strip()]    # one a line, or a list
         records = json.loads(text) if text.lstrip().startswith("[") else records
-        apart = path.with_name(f"{path.stem}-labels.lst")        # where PIQA keeps its answers
-        labels = apart.read_text().split() if apart.exists() else [None] * len(records)
-        for number, (record, label) in enumerate(zip(records, labels, strict=True), 1):
+        for number, record in enumerate(records, 1):
             with reading(f"{path}: record {number}"):
                 record = json.loads(record) if isinstance(record, str) else record
-                examples.append(parse(record, label))
+                examples.append(parse(record))
         return examples
 
 
-def parse(record: Any, label: str | None) -> Example:
-    """A record as its authors publish it; BoolQ and PIQA put as in lm-evaluation-harness."""
+def parse(record: Any) -> Example:
+    """A record {instruction, input, output} as a question; its input may be absent, null or NaN."""
     match record:
-        case {"question": str(question), "passage": str(passage), "answer": bool(answer)}:
-            prompt = f"{passage}\nQuestion: {question}?\nAnswer:"
-            return Example(prompt, [" no", " yes"], int(answer))
-        case {"goal": goal, "sol1": first, "sol2": second} if (
-                label := str(record.get("label", label))) in ("0", "1"):
-            return Example(f"Question: {goal}\nAnswer:", [f" {first}", f" {second}"], int(label))
         case {"instruction": str(instruction), "output": str(output)}:
             given = record.get("input")
             given = "" if given is None or given != given else str(given)        # NaN: none
             context, block = INPUT if given else ("", "")
             return Example(ALPACA.format(context, instruction, block.format(given)), [output], 0)
-    raise ValueError("expected instruction and output, or BoolQ's question, passage and answer, or "
-                     "PIQA's goal, sol1, sol2 and label (0 or 1; or in a file *-labels.lst)")
+    raise ValueError("expected texts called instruction and output")
 
 
 def encode_rows(tokenizer: Bytes, prompt: str, answer: str, length: int, eos: bool) -> list[Row]:
-    """A row of at most `length` tokens, or as many as a text without a prompt takes: each starts
-    with the last token of the one before. The answer is what the joint text has after the tokens
-    that it shares with the prompt's: a space that ends the prompt may have become part of a word.
-    Too long a prompt loses its beginning, but not the first token."""
+    """A row for prompt and answer, or as many as a text without a prompt takes; the model sees
+    `length` tokens of each. The answer is what the joint text has after the tokens it shares with
+    the prompt's. Too long a prompt loses its beginning, but not the first token."""
     tokens = tokenizer.encode(prompt + answer, eos=eos)
-    if not prompt:
-        return [Row(tokens[i:i + length], 1) for i in range(0, len(tokens) - 1, length - 1)]
+    if not prompt:                   # each row starts with the last token of the one before
+        return [Row(tokens[i:i + length + 1], 1) for i in range(0, len(tokens) - 1, length)]
     alone = tokenizer.encode(prompt)
     cut = next((i for i, (a, b) in enumerate(zip(alone, tokens)) if a != b), len(alone))
-    tail = tokens[cut:][:length - 1]
-    head = tokens[:1] + tokens[1:cut][max(0, cut + len(tail) - length):]
+    tail = tokens[cut:][:length]
+    head = tokens[:1] + tokens[1:cut][max(0, cut + len(tail) - length - 1):]
     return [Row(head + tail, len(head))]
 
 
 def collate(rows: list[Row], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [N, T], zero on the right of short rows, and which of them are answers [N, T]."""
-    tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
-    place, ends = torch.arange(tokens.shape[1]), [(row.start, len(row.tokens)) for row in rows]
-    answers = torch.stack([(start <= place) & (place < end) for start, end in ends])
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
+    answers = [torch.arange(len(row.tokens)) >= row.start for row in rows]
+    answers = nn.utils.rnn.pad_sequence(answers, batch_first=True)
     return tokens.to(device), answers.to(device)
 
 
 def rows_of_batch(rows: list, size: int, number: int, seed: int) -> list:
-    """The `size` rows of batch `number`, of lengths alike, in an endless run of reshuffled epochs.
-    A pure function, so that a resumed run sees the same."""
-    count = max(1, min(16, len(rows) // size))       # of batches that are sorted by length together
-    group, place = divmod(number, count)
-    chosen = [rows[i] for i in batch_indices(len(rows), count * size, group, seed)]
-    chosen.sort(key=lambda row: len(row.tokens))
-    at = size * random.Random(f"{seed} {group}").sample(range(count), count)[place]
-    return chosen[at:at + size]
+    """The `size` rows of batch `number` in an endless run of reshuffled epochs."""
+    return [rows[i] for i in batch_indices(len(rows), size, number, seed)]
 
 
 # --- Scores and generation
-
 
 def answer_losses(model: nn.Module, batch: tuple) -> torch.Tensor:
     """Cross entropy of each answer token, [M] in nats, row by row."""
@@ -587,31 +531,33 @@ def answer_losses(model: nn.Module, batch: tuple) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(model: Llama, tokenizer: Bytes, test: list[Example], args) -> dict[str, float]:
     """accuracy: the likeliest choice per character is right, acc_norm of lm-evaluation-harness; or
-    perplexity if there are no choices. loss: nats per token of the right answers."""
-    right, nats, count = [], 0.0, 0
-    model.eval()
+    perplexity if there are no choices. loss: nats per token of right answers. Prints a sample."""
+    right, own = [], []
     for prompt, choices, answer in test:
-        # An answer is scored without the end of text, unless it is nothing else.
-        rows = [encode_rows(tokenizer, prompt, text, args.max_length, not text) for text in choices]
-        losses = answer_losses(model, collate(sum(rows, []), args.device))
-        losses = losses.split([sum(len(row.tokens) - row.start for row in part) for part in rows])
-        nats, count = nats + float(losses[answer].sum()), count + len(losses[answer])
+        rows = []                    # one for each choice, or those of a text without a prompt
+        for text in choices:         # scored without the end of text, unless it is nothing else
+            rows += encode_rows(tokenizer, prompt, text, args.max_length, not text)
+        losses = answer_losses(model.eval(), collate(rows, args.device))
+        losses = losses.split([len(row.tokens) - row.start for row in rows])
+        own += [losses[answer]] if prompt else losses
         if len(choices) > 1:
             score = [float(loss.sum()) / max(1, len(text)) for loss, text in zip(losses, choices)]
             right.append(score.index(min(score)) == answer)
+    ids = tokenizer.encode(test[0].prompt or test[0].choices[0][:100])
+    out = generate(model, torch.tensor([ids], device=args.device), 16, eos_id=tokenizer.eos_id)[0]
+    print(f"...{tokenizer.decode(ids)[-60:]!r} -> {tokenizer.decode(out[len(ids):].tolist())!r}")
+    loss = float(torch.cat(own).mean())
     if right:
-        return {"accuracy": sum(right) / len(right), "loss": nats / count}
-    return {"perplexity": math.exp(min(nats / count, 50)), "loss": nats / count}
+        return {"accuracy": sum(right) / len(right), "loss": loss}
+    return {"perplexity": math.exp(min(loss, 50)), "loss": loss}
 
 
 @torch.no_grad()
 def generate(model: Llama, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 0.0,
-             eos_id: int | None = None, real: torch.Tensor | None = None,
-             embeddings: torch.Tensor | None = None) -> torch.Tensor:
+             eos_id: int | None = None, real=None, embeddings=None) -> torch.Tensor:
     """tokens [N, T] and at most max_new_tokens after them: greedy at temperature 0, else sampled;
-    after eos_id a row is filled with it. Prompts of different lengths: pad on the left, and real
-    [N, T] bool is False there. embeddings [N, T, D] stand in for the prompt. Call model.eval()
-    first: gates are random in training mode."""
+    after eos_id a row is filled with it. real [N, T] bool is False at padding, on the left of short
+    prompts; embeddings [N, T, D] may stand in for the prompt. In training mode gates are random."""
     cache, new = {}, tokens
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
@@ -631,16 +577,6 @@ def generate(model: Llama, tokens: torch.Tensor, max_new_tokens: int, temperatur
     return tokens
 
 
-def print_samples(model: Llama, tokenizer: Bytes, test: list[Example], args) -> None:
-    """How the model goes on after the first two questions, or beginnings of texts."""
-    for prompt, choices, answer in test[:2]:
-        text = prompt or choices[0][:100]
-        ids = torch.tensor([tokenizer.encode(text)[-args.max_length:]], device=args.device)
-        out = generate(model.eval(), ids, 16, eos_id=tokenizer.eos_id)[0, ids.shape[1]:].tolist()
-        right = f"; right: {choices[answer]!r}" if prompt else ""
-        print(f"...{text[-60:]!r} -> {tokenizer.decode(out)!r}{right}")
-
-
 # --- Demo: sentences that the script writes itself
 
 FACTS = ("Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Louis Maria".split(),
@@ -654,9 +590,8 @@ SMALL = LlamaConfig(258, 64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim
 
 
 def write_examples(count: int, seed: int, shifted: bool) -> list[Example]:
-    """`count` sentences, each with a question whose answer is one of its four facts; the facts are
-    drawn anew each time, so that they can only be read. shifted: the questions become headings,
-    which the pretrained model has never seen."""
+    """`count` sentences, each with a question about one of its four facts, which are drawn anew in
+    each. shifted: the questions become headings, which the pretrained model has never seen."""
     draw, examples, (names, things, places) = random.Random(seed), [], FACTS
     for _ in range(count):
         facts = [*draw.sample(names, 2), draw.choice(things), draw.choice(places)]
@@ -672,27 +607,22 @@ def pretrained(args, steps: int = 600) -> Path:
     if path.exists():
         return path
     torch.manual_seed(args.seed)
-    model = Llama(SMALL)
+    model = Llama(SMALL).to(args.device)
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)    # with 1 it learns less
     rows = [row for e in write_examples(8000, 10 * args.seed, False)
             for row in encode_rows(Bytes(), e.prompt, e.choices[e.answer], args.max_length, True)]
-    optimizer = torch.optim.AdamW(model.to(args.device).parameters(), lr=4e-3, fused=True)
-    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, steps))
-    for step in tqdm(range(steps), "pretraining", disable=None, leave=False):
+
+    def loss(step: int) -> torch.Tensor:
         batch = collate(rows_of_batch(rows, 16, step, args.seed), args.device)
-        answer_losses(model, batch).mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        return answer_losses(model, batch).mean()
+
+    pretrain(model, loss, steps, lr=4e-3)
     if structlora.processes()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(path, model.sizes() | {"model": model.state_dict()})
     return path
 
 
 # --- Training
-
 
 def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, evaluate, name: str,
               out: Path, make_batch=collate, losses_of=answer_losses, also=()) -> dict[str, str]:
@@ -701,17 +631,15 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
     losses_of(model, batch) the nats of each, [M]. also: modules that are trained too."""
     torch.manual_seed(args.seed)
     adapters = attach(model, config)
-    for module in also:
-        module.float().requires_grad_(True)
+    nn.ModuleList(also).float().requires_grad_(True)
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
     lines = structlora.resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
     schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
     num_examples = sum(len(row.tokens) - row.start for row in rows)      # predicted tokens
-    (rank, world), parallel = structlora.processes(), model
+    (rank, world), net = structlora.processes(), model
     if world > 1:                                                # torchrun; the probes end
-        parallel = DistributedDataParallel(model, find_unused_parameters=True,
-                                           broadcast_buffers=False)
+        net = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16")
     model.train()
     for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
@@ -722,16 +650,14 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
         batches = [make_batch(part, args.device) for part in parts]
         labels = sum(batch[-1][:, 1:].sum() for batch in batches)
         if world > 1:
-            dist.all_reduce(labels)
-        if not labels:
-            raise ValueError(f"step {step + 1} has no answer to learn from: raise --max-length")
+            torch.distributed.all_reduce(labels)
         for batch in batches:
             with autocast:           # a mean over all labels; that of the processes is taken later
-                loss = losses_of(parallel, batch).sum() * world / labels
+                loss = losses_of(net, batch).sum() * world / labels
             (loss + adapters.penalty(num_examples) / args.accumulate).backward()         # Eq. 4
             total += loss.detach() / world
         if world > 1:
-            dist.all_reduce(total)
+            torch.distributed.all_reduce(total)
         adapters.observe_gradients()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -762,8 +688,6 @@ def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=200, batch_size=16, out="out/llama",
                               tokenizer=None, max_length=512, gradient_checkpointing=False)
-    if args.max_length < 2:
-        raise ValueError("--max-length must be at least 2")
     out, path, tokenizer, shots = Path(args.out), args.checkpoint, Bytes(), args.shots
     load = functools.partial(load_llama, dtype=getattr(torch, args.dtype), device=args.device)
     if path:
@@ -781,33 +705,29 @@ def main() -> None:
                                                       args.max_length, eos=bool(e.prompt))]
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
-    def run(model: Llama, method: str, name: str, folder: str, rate: str, **changes) -> dict:
+    def run(model: Llama, method: str, name: str, rate: str, **changes) -> dict[str, str]:
         return fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate], model,
-                         rows, score, name, out / folder)
+                         rows, score, name, out if args.checkpoint else out / rate)
 
     attach(model, make_config(args, args.method)).detach()       # refused before a file is written
     if not path:
         path = pretrained(args)
         model = load(path)
-    adapter, name = out / "adapter.pt", "frozen"
+    adapter, name, r = out / "adapter.pt", "frozen", args.rank
     if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
         StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
         name = str(adapter)
     table = [structlora.summary(name, score(model))]
-    print_samples(model, tokenizer, test, args)
     if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={args.rank}", "", "checkpoint"))
+        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
     elif not args.checkpoint:
-        r = args.rank
-        lora = run(load(path), "lora", f"LoRA r={r}", "lora", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora", "structlora")
-        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", "all", edges="all")
+        lora = run(load(path), "lora", f"LoRA r={r}", "lora")
+        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora")
+        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
         r = min(32, max(1, round(float(ours["merged rank"]))))   # a value has 32 channels
-        matched = run(load(path), "lora", f"LoRA r={r}", "matched", "matched", rank=r,
+        matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)
         table += [lora, matched, ours, every]
-    if not args.eval_only:
-        print_samples(model, tokenizer, test, args)
     structlora.print_table(table)
 
 

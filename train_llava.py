@@ -9,8 +9,7 @@
 --checkpoint reads LLaVA-1.5 as its authors publish it (pytorch_model-*.bin, config.json), with
 CLIP's folder (pytorch_model.bin, config.json) as --vision-checkpoint, and what --merge writes.
 --data reads LLaVA's instruction .json, COCO captions, VQAv2 questions and annotations: a file, or a
-folder with *val*.json (*test*, *dev*, *valid*) among them; --images is the folder of the pictures:
-.ppm, .npy (uint8 [H, W, 3]) and, through Pillow, all others.
+folder with *val*.json (*test*, *dev*, *valid*) among them; --images is the folder of the pictures.
 
 Order of this file: model, checkpoints, data, metrics, answers, demo, main.
 """
@@ -80,7 +79,7 @@ class Llava(llama.Llama):
 
     images [M, 3, S, S] and tokens [N, T] with M times IMAGE_TOKEN, row by row -> logits
     [N, T + P - 1, V] where each row has one picture of P patches; shorter rows are padded on the
-    right. select and real [N, T] bool speak of tokens, as in Llama.forward."""
+    right. select [N, T] bool speaks of tokens, as in Llama.forward."""
 
     def __init__(self, config: llama.LlamaConfig, vision: vit.ViTConfig):
         super().__init__(config)
@@ -92,38 +91,29 @@ class Llava(llama.Llama):
                 select=None):
         # generate() gives a prompt as embeddings, and then tokens to what the cache holds.
         if embeddings is None and cache is None:
-            embeddings, ends, real = self.splice(images, tokens, real)
+            embeddings, ends = self.splice(images, tokens)
             if select is not None:                               # where the token's last place is
                 select = select.new_zeros(embeddings.shape[:2]).scatter(1, ends, select)
         return super().forward(tokens, embeddings, real, cache, select)
 
-    def splice(self, images, tokens, real=None) -> tuple:
-        """Embeddings [N, S, D], the last place of each token in them [N, T], and real [N, S].
-
-        real [N, T] bool is False at padding on the left; without it rows are padded on the right,
-        where nobody looks, and the result has none either. Raises ValueError if pictures and
-        IMAGE_TOKENs differ in number."""
+    def splice(self, images, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [N, S, D], and the last place of each token in them [N, T]. Raises ValueError
+        if pictures and IMAGE_TOKENs differ in number."""
         pictured, M = tokens == IMAGE_TOKEN, 0 if images is None else len(images)
         if M != int(pictured.sum()):
             raise ValueError(f"{M} images for {int(pictured.sum())} image tokens ({IMAGE_TOKEN})")
         P, (N, T) = self.model.vision_tower.pos_embed.shape[1] - 1, tokens.shape
         ends = torch.where(pictured, P, 1).cumsum(1) - 1                         # [N, T]
-        S = int(ends.max()) + 1
-        if real is not None:
-            ends = ends + S - 1 - ends[:, -1:]                   # rows end together
         row = torch.arange(N, device=tokens.device)[:, None].expand(N, T)
         words = self.model.embed_tokens(tokens.masked_fill(pictured, 0))         # [N, T, D]
-        x = words.new_zeros(N, S, words.shape[2])
+        x = words.new_zeros(N, int(ends.max()) + 1, words.shape[2])              # [N, S, D]
         x[row[~pictured], ends[~pictured]] = words[~pictured]
         if not M:    # a blank picture of which nothing is used, as in LLaVA's code: gradients reach
             images = words.new_zeros(1, 3, *[self.vision.image_size] * 2)        # the tower anyhow
         features = self.model.mm_projector(self.model.vision_tower(images))[:M]  # [M, P, D]
         span = ends[pictured][:, None] - torch.arange(P - 1, -1, -1, device=tokens.device)  # [M, P]
         x[row[pictured][:, None], span] = features.to(x.dtype)
-        if real is not None:
-            real = real.new_zeros(N, S).scatter(1, ends, real)
-            real[row[pictured][:, None], span] = True
-        return x, ends, real
+        return x, ends
 
     def sizes(self) -> dict[str, Any]:
         """What --merge writes beside the weights."""
@@ -146,65 +136,55 @@ SETTINGS = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patc
 def load_llava(llava_directory: str | Path, vision_directory: str | Path | None = None,
                dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Llava:
     """Reads LLaVA-1.5 and CLIP's folder, or what --merge wrote and no other, in eval mode. A tower
-    in LLaVA's own files (trained along) goes before CLIP's. Raises ValueError that names the file
+    in LLaVA's own files (trained along) goes before CLIP's. Raises ValueError that names the files
     and what is wrong."""
     path = Path(llava_directory)
-    config, parts = llama.read_checkpoint(path)
-    if path.is_file():
-        with reading(path):
+    with reading(path if path.is_file() else f"{path} with {vision_directory}"):
+        config, parts = llama.read_checkpoint(path)
+        if path.is_file():
             vision = vit.ViTConfig(**load_torch(path)["vision"])
-    elif not vision_directory:
-        raise ValueError(f"{path}: name CLIP's folder with --vision-checkpoint")
-    else:
-        with reading(path / "config.json"):
-            c = json.loads((path / "config.json").read_text())
-            for key, value in SETTINGS.items():
-                if c.get(key, value) != value:
-                    raise ValueError(f"{key} is {c[key]!r}, not {value!r}: this is no LLaVA-1.5")
-        inside = {key: parts.pop(key)[0] for key in list(parts) if "vision_tower." in key}
-        tower = read_tower(Path(vision_directory), inside, c.get("mm_vision_select_layer", -2))
-        vision = tower.config
-        for name, tensor in tower.state_dict().items():
-            parts[f"model.vision_tower.{name}"] = llama.Part([tensor])
-    with reading(path):
+        elif vision_directory:
+            vision = read_tower(path / "config.json", Path(vision_directory), parts)
+        else:
+            raise ValueError("name CLIP's folder with --vision-checkpoint")
         with torch.device("meta"):
             model = Llava(config, vision)
         return llama.assemble(model, parts, dtype, device)
 
 
-def read_tower(folder: Path, tensors: dict[str, torch.Tensor], layer: int) -> Tower:
-    """CLIP's tower in fp32, up to hidden state number `layer` (0 enters the first block; negative:
-    from the end). tensors: by CLIP's names; {}: those in the folder."""
-    with reading(folder):
-        c = json.loads((folder / "config.json").read_text())
-        c = c.get("vision_config", c)
-        depth, act = c["num_hidden_layers"], c.get("hidden_act", "quick_gelu")
-        used = layer if layer >= 0 else depth + 1 + layer
-        if act != "quick_gelu" or not 0 < used <= depth:
-            raise ValueError(f"hidden_act must be quick_gelu and is {act}; mm_vision_select_layer "
-                             f"is {layer} of {depth} layers")
-        tensors = tensors or llama.read_state(folder / "pytorch_model.bin")
-        t = vit.ours({key: tensor for key, tensor in tensors.items() if "vision_model." in key
-                      and not key.endswith("position_ids") and "post_layernorm" not in key}, CLIP)
-        structlora.check_finite(t)
-        t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
-        config = vit.ViTConfig(c["image_size"], c["patch_size"], c["hidden_size"], depth,
-                               c["num_attention_heads"], c["intermediate_size"],
-                               eps=c.get("layer_norm_eps", 1e-5), mean=CLIP_MEAN, std=CLIP_STD)
-        with torch.device("meta"):
-            tower = Tower(config)
-        tower.load_state_dict(t, assign=True)
-    tower.blocks, tower.config = tower.blocks[:used], replace(config, depth=used)
-    return tower
+def read_tower(path: Path, folder: Path, parts: dict[str, llama.Part]) -> vit.ViTConfig:
+    """Sizes of CLIP's tower in `folder`, up to the hidden state that LLaVA's config.json at `path`
+    names (0 enters the first block; negative: from the end); its weights are added to `parts`."""
+    c, v = (json.loads(file.read_text()) for file in (path, folder / "config.json"))
+    v = v.get("vision_config", v)
+    for key, value in SETTINGS.items():
+        if c.get(key, value) != value:
+            raise ValueError(f"{key} is {c[key]!r}, not {value!r}: this is no LLaVA-1.5")
+    layer, depth = c.get("mm_vision_select_layer", -2), v["num_hidden_layers"]
+    used, act = layer if layer >= 0 else depth + 1 + layer, v.get("hidden_act", "quick_gelu")
+    if act != "quick_gelu" or not 0 < used <= depth:
+        raise ValueError(f"hidden_act must be quick_gelu and is {act}; mm_vision_select_layer is "
+                         f"{layer} of {depth} layers")
+    inside = {key: parts.pop(key)[0] for key in list(parts) if "vision_tower." in key}
+    tensors = inside or llama.read_state(folder / "pytorch_model.bin")
+    t = vit.ours({key: tensor for key, tensor in tensors.items() if "vision_model." in key
+                  and not key.endswith("position_ids") and "post_layernorm" not in key}, CLIP)
+    t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
+    unused = tuple(f"blocks.{i}." for i in range(used, depth))
+    parts |= {f"model.vision_tower.{name}": [tensor] for name, tensor in t.items()
+              if not name.startswith(unused)}
+    return vit.ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], used,
+                         v["num_attention_heads"], v["intermediate_size"],
+                         eps=v.get("layer_norm_eps", 1e-5), mean=CLIP_MEAN, std=CLIP_STD)
 
 
 # --- Data
 
-# image: name or Path of a file, uint8 pixels [3, H, W], or None. turns: [(question, answer)], where
-# "<image>\n" opens the question that shows the picture. references: right answers to the first
-# question. kind: "question" (scored by VQA accuracy) or "caption" (by CIDEr).
+# image: name or Path of a file, uint8 pixels [3, S, S], or None. turns: [(question, answer)]; a
+# picture opens the first question as "<image>\n". references: right answers to it. kind: "question"
+# (scored by VQA accuracy) or "caption" (by CIDEr).
 Example = namedtuple("Example", "image turns references kind")
-# Token ids, which of them are answers, where the first answer begins, and the picture.
+# Token ids, which of them are answers, len(tokens) less their number, and the picture.
 Row = namedtuple("Row", "tokens answers start image")
 MAX_LENGTH, NEW_TOKENS = 2048, 32    # tokens of a conversation (it loses its end), of an answer
 # Vicuna v1's template, and what LLaVA-1.5 asks for short answers and for captions.
@@ -214,26 +194,22 @@ SHORT = "\nAnswer the question using a single word or phrase."
 CAPTION = "<image>\nProvide a one-sentence caption for the provided image."
 
 
-def read_data(path: str | Path, images: str | Path | None, seed: int) -> tuple[list, list]:
+def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list, list]:
     """(training, test) examples of a .json file or of those in a folder, where *val*, *test*, *dev*
-    and *valid* are for testing; without these the conversations on a tenth of the pictures are.
-    Raises ValueError that names the file and the record, or the first missing picture."""
+    and *valid* are for testing; without these the conversations on every tenth picture are. Raises ValueError that names the file and the record, or the first missing picture."""
     path, tests = Path(path), []
     files = [path]
     if path.is_dir():                # by whole words: latest_train2014.json is no test
         files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() == ".json")
         words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
         tests = [file for file in files if "train" not in words[file]
-                 and words[file] & {"val", "test", "dev", "valid"}]
+                 and words[file] & {"val", "test", "dev", "valid", "validation"}]
     train, test = read_examples([f for f in files if f not in tests]), read_examples(tests)
     if not tests:
-        names = sorted({e.image for e in train if e.image})
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
-        held = {names[i] for i in order[:max(1, len(names) // 10)]}
+        held = set(sorted({e.image for e in train if e.image})[::10])
         train, test = ([e for e in train if (e.image in held) == side] for side in (False, True))
     if not test or not any(answer for e in train for _, answer in e.turns):
-        raise ValueError(f"{path}: {len(train)} training and {len(test)} test examples that have "
-                         "answers; that is too few")
+        raise ValueError(f"{path}: {len(train)} training and {len(test)} test examples are too few")
     test = list({(e.image, e.turns[0][0]): e for e in test}.values())    # one caption of a picture
     found = find_pictures(train + test, Path(images or (path if path.is_dir() else path.parent)))
     return found[:len(train)], found[len(train):]
@@ -241,17 +217,26 @@ def read_data(path: str | Path, images: str | Path | None, seed: int) -> tuple[l
 
 def read_examples(files: list[Path]) -> list[Example]:
     """Examples of .json files, each told by its content; VQAv2's answers may be in any of them."""
-    contents, answers, examples = {}, {}, []
+    contents, answers, examples = [], {}, []
     for file in files:
         with reading(file):
             content = json.loads(file.read_text("utf-8-sig"))
-            contents[file] = content if isinstance(content, dict) else {"conversations": content}
-            annotations = contents[file].get("annotations", ())
-            answers |= {a["question_id"]: a for a in annotations if "question_id" in a}
-    for file, content in contents.items():
+            contents.append(content if isinstance(content, dict) else {"conversations": content})
+            for a in contents[-1].get("annotations", ()):
+                if "question_id" in a.keys():                    # keys(): refuses what is no record
+                    people = [string(person["answer"]) for person in a["answers"]]
+                    answers[a["question_id"]] = string(a["multiple_choice_answer"]), people
+    for file, content in zip(files, contents):
         with reading(file):
             examples += parse(content, answers)
     return examples
+
+
+def string(value: Any) -> str:
+    """The value, if it is text: anything else would be learned without a word."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {value!r}")
+    return value
 
 
 def parse(content: dict, answers: dict) -> Iterator[Example]:
@@ -261,43 +246,44 @@ def parse(content: dict, answers: dict) -> Iterator[Example]:
         with reading(f"record {number}"):
             yield parse_conversation(record)
     for question in content.get("questions", ()):
-        if right := answers.get(question["question_id"]):
-            name = question.get("image") or (
-                f"COCO_{content['data_subtype']}_{question['image_id']:012d}.jpg")
-            turn = (f"<image>\n{question['question']}{SHORT}", right["multiple_choice_answer"])
-            yield Example(name, [turn], [a["answer"] for a in right["answers"]], "question")
-    names = {picture["id"]: picture["file_name"] for picture in content.get("images", ())}
+        if question["question_id"] in answers:
+            name = f"COCO_{content['data_subtype']}_{question['image_id']:012d}.jpg"
+            answer, references = answers[question["question_id"]]
+            turn = (f"<image>\n{string(question['question'])}{SHORT}", answer)
+            yield Example(name, [turn], references, "question")
+    names = {picture["id"]: string(picture["file_name"]) for picture in content.get("images", ())}
     captions = {}
-    for annotation in content.get("annotations", ()):
-        if "caption" in annotation:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    for number, texts in captions.items():
-        yield from (Example(names[number], [(CAPTION, text)], texts, "caption") for text in texts)
+    for a in content.get("annotations", ()):
+        if "caption" in a:
+            captions.setdefault(names[a["image_id"]], []).append(string(a["caption"]).strip())
+    for name, texts in captions.items():
+        yield from (Example(name, [(CAPTION, text)], texts, "caption") for text in texts)
 
 
 def parse_conversation(record: dict) -> Example:
     """{"image": file, "conversations": [{"from": "human" or "gpt", "value": text}]}; the picture
-    goes before the text it comes with, as in LLaVA's own training."""
-    turns = record["conversations"]
+    goes before the text of the first question, as in LLaVA's own training."""
+    turns, image = record["conversations"], record.get("image")
     turns = turns[turns[0]["from"] == "system":]
-    texts = [turn["value"] for turn in turns]
-    for n, text in enumerate(texts):
-        if "<image>" in text:
-            texts[n] = f"<image>\n{text.replace('<image>', '', 1).strip()}".strip()
+    texts = [string(turn["value"]) for turn in turns]
+    pictures = [text.count("<image>") for text in texts]
     if ([turn["from"] for turn in turns] != ["human", "gpt"] * max(1, len(turns) // 2)
-            or " ".join(texts[::2]).count("<image>") != ("image" in record)):
-        raise ValueError("expected human and gpt in turn, and <image> once if it has a picture")
+            or pictures[0] != bool(image) or any(pictures[1:])):
+        raise ValueError("expected human and gpt in turn, and <image> once, in the first question, "
+                         "if there is a picture")
+    if image:
+        texts[0] = f"<image>\n{texts[0].replace('<image>', '').strip()}".strip()
     short = len(texts[1].split()) <= 4
-    return Example(record.get("image"), list(zip(texts[::2], texts[1::2])),
+    return Example(string(image) if image else None, list(zip(texts[::2], texts[1::2])),
                    [texts[1]] * (10 if short else 1), "question" if short else "caption")
 
 
 def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
     """The examples with the paths of their pictures, in the folder or in one of those in it."""
     folders, paths = [folder, *sorted(d for d in folder.glob("[!.]*") if d.is_dir())], {None: None}
-    for name in sorted({e.image for e in examples if e.image}):
+    for name in sorted({e.image for e in examples if e.image is not None}):
         paths[name] = next((d / name for d in folders if (d / name).is_file()), None)
-    missing = [name for name in paths if name and not paths[name]]
+    missing = [name for name, found in paths.items() if not found and name is not None]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(paths) - 1} pictures are missing, the "
                          f"first is {missing[0]}; --images names their folder")
@@ -306,31 +292,16 @@ def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
 
 @functools.lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
 def read_pixels(path: Path, size: int) -> torch.Tensor:
-    """The picture of a file as fit() leaves it; .ppm and .npy are read without Pillow."""
+    """uint8 [3, size, size] of the picture in a file: padded to a square with CLIP's mean colour,
+    then resized (bicubic)."""
     with reading(path):
-        if path.suffix.lower() == ".npy":
-            x = np.load(path, mmap_mode="r", allow_pickle=False)     # not larger than the file
-        elif path.suffix.lower() == ".ppm":
-            data = path.read_bytes()
-            head = re.match(rb"P6\s(?:#.*\n)?(\d+)\s+(\d+)\s+255\s", data)
-            W, H = int(head[1]), int(head[2])
-            x = np.frombuffer(data, np.uint8, 3 * W * H, head.end()).reshape(H, W, 3)
-        else:
-            x = vit.read_picture(path)
-        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3 or not x.size:
-            raise ValueError(f"{x.dtype} {list(x.shape)}, not uint8 [H, W, 3]")
-        return fit(torch.from_numpy(x.transpose(2, 0, 1).copy()), size)
-
-
-def fit(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [3, H, W] -> uint8 [3, size, size]: padded to a square with CLIP's mean colour, then
-    resized (bicubic)."""
-    (_, H, W), side = pixels.shape, max(pixels.shape[1:])
-    top, left = (side - H) // 2, (side - W) // 2
-    colour = torch.tensor([int(255 * mean) for mean in CLIP_MEAN], dtype=torch.uint8)
-    square = colour[:, None, None].repeat(1, side, side)
-    square[:, top:top + H, left:left + W] = pixels
-    return F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0]
+        x = vit.read_picture(path)
+        (H, W, _), side = x.shape, max(x.shape[:2])
+        top, left = (side - H) // 2, (side - W) // 2
+        square = np.full((side, side, 3), [int(255 * mean) for mean in CLIP_MEAN], np.uint8)
+        square[top:top + H, left:left + W] = x
+        square = torch.from_numpy(square).permute(2, 0, 1)[None]
+        return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def encode(tokenizer: Any, example: Example) -> Row:
@@ -349,7 +320,8 @@ def encode(tokenizer: Any, example: Example) -> Row:
         both = ids(f"{prompt} {answer}", not number) + [tokenizer.eos_id]
         tokens += both
         answers += [place >= len(head) for place in range(len(both))]
-    return Row(tokens[:MAX_LENGTH], answers[:MAX_LENGTH], answers.index(True), example.image)
+    tokens, answers = tokens[:MAX_LENGTH], answers[:MAX_LENGTH]
+    return Row(tokens, answers, len(tokens) - sum(answers), example.image)
 
 
 def collate(rows: list[Row], device: str, vision: vit.ViTConfig) -> tuple:
@@ -357,9 +329,9 @@ def collate(rows: list[Row], device: str, vision: vit.ViTConfig) -> tuple:
     the right of short rows, and which of them are answers [N, T]."""
     tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
     answers = pad_sequence([torch.tensor(row.answers) for row in rows], batch_first=True)
-    images = [read_pixels(row.image, vision.image_size) if isinstance(row.image, Path)
-              else fit(row.image, vision.image_size) for row in rows if row.image is not None]
-    images = vit.prepare(torch.stack(images).to(device), vision) if images else None
+    pixels = [read_pixels(row.image, vision.image_size) if isinstance(row.image, Path)
+              else row.image for row in rows if row.image is not None]
+    images = vit.prepare(torch.stack(pixels).to(device), vision) if pixels else None
     return images, tokens.to(device), answers.to(device)
 
 
@@ -416,8 +388,7 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
     over candidates and their references of 10 similarity(). Words are split on white space. Raises
     ValueError if a candidate has no references."""
     if len(candidates) != len(references) or not candidates or not all(references):
-        raise ValueError(f"cider needs references for each candidate: {len(candidates)} candidates,"
-                         f" {len(references)} lists of references")
+        raise ValueError("cider needs candidates, and references for each of them")
     wanted = [[grams(text) for text in texts] for texts in references]
     frequency = Counter(gram for counts in wanted for gram in set().union(*counts))
     scores = [10 * sum(similarity(grams(text), each, frequency, len(wanted)) for each in texts)
@@ -454,31 +425,30 @@ def losses_of(model: nn.Module, batch: tuple) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answer(model: Llava, tokenizer: Any, batch: tuple) -> list[str]:
-    """What the model says to the first question of each row of a batch of collate(), greedily."""
-    images, tokens, answers = batch
-    start = answers.int().argmax(1, keepdim=True)                # [N, 1], where the answer begins
-    place = torch.arange(int(start.max()), device=tokens.device)             # [T]
-    real = place >= len(place) - start                           # [N, T], padded on the left
-    prompts = torch.zeros_like(real, dtype=torch.long)
-    prompts[real] = tokens[:, :len(place)][place < start]
-    embeddings, _, real = model.splice(images, prompts, real)
-    out = llama.generate(model, real.long(), NEW_TOKENS, real=real, eos_id=tokenizer.eos_id,
-                         embeddings=embeddings)[:, real.shape[1]:]           # [N, new]
-    return [tokenizer.decode(ids).strip() for ids in out.tolist()]
+def answer(model: Llava, tokenizer: Any, images, prompts: torch.Tensor) -> list[str]:
+    """What the model says to prompts of one length, [N, T], greedily."""
+    embeddings, _ = model.splice(images, prompts)                # [N, S, D]
+    prompts = prompts.new_zeros(embeddings.shape[:2])            # only their number counts now
+    out = llama.generate(model, prompts, NEW_TOKENS, eos_id=tokenizer.eos_id, embeddings=embeddings)
+    return [tokenizer.decode(ids).strip() for ids in out[:, prompts.shape[1]:].tolist()]
 
 
 @torch.no_grad()
 def evaluate(model: Llava, tokenizer: Any, test: list[Example], args) -> dict[str, float]:
-    """accuracy: VQA accuracy of the questions; cider: CIDEr of the captions; loss: nats per token
-    of the right answers. Prints two answers."""
-    rows, size, losses, texts = [encode(tokenizer, e) for e in test], 2 * args.batch_size, [], []
-    for part in (rows[at:at + size] for at in range(0, len(rows), size)):
-        batch = collate(part, args.device, model.vision)
-        losses.append(losses_of(model.eval(), batch).cpu())
-        texts += answer(model, tokenizer, batch)
+    """accuracy: VQA accuracy of the first questions; cider: CIDEr of the captions; loss: nats per
+    token of the right answers. Prints two answers."""
+    rows, groups, texts, losses = [encode(tokenizer, e) for e in test], {}, {}, []
+    for i, row in enumerate(rows):           # prompts of one length, so that none needs padding
+        groups.setdefault((row.answers.index(True), row.image is None), []).append(i)
+    for (start, _), group in groups.items():
+        for part in torch.tensor(group).split(2 * args.batch_size):
+            batch = collate([rows[i] for i in part], args.device, model.vision)
+            losses.append(losses_of(model.eval(), batch).cpu())
+            texts |= zip(part.tolist(), answer(model, tokenizer, batch[0], batch[1][:, :start]))
+    texts = [texts[i] for i in range(len(rows))]
     for e, text in zip(test[:2], texts):
-        print(f"...{e.turns[0][0][-90:]!r} -> {text!r}; right: {e.references[0]!r}")
+        question = e.turns[0][0].removeprefix("<image>\n").split("\n")[0]
+        print(f"{question[:70]!r} -> {text!r}; right: {e.references[0]!r}")
     right = [vqa_accuracy(t, e.references) for t, e in zip(texts, test) if e.kind == "question"]
     told = [(plain(text), [*map(plain, e.references)])
             for text, e in zip(texts, test) if e.kind == "caption"]
@@ -510,37 +480,34 @@ class Words:
         return " ".join(self.words[i] for i in ids if i < len(self.words))
 
 
-def draw_scene(rng) -> tuple[torch.Tensor, dict[str, str]]:
-    """A picture [3, 32, 32] of two shapes, and {"left": "red circle", "right": "blue cross"}."""
-    colours, shapes = rng.permutation(list(COLOURS))[:2], rng.permutation(SHAPES)[:2]
-    pixels = rng.integers(0, 50, (32, 32, 3)).astype(np.uint8)
-    y, x = np.mgrid[:32, :32]
-    for side, (colour, shape) in enumerate(zip(colours, shapes)):
-        radius = rng.uniform(5, 7)
-        u = (x - 8 - 16 * side - rng.uniform(-1, 1)) / radius    # the shape's own axes
-        v = (y - 16 - rng.uniform(-3, 3)) / radius
-        a, b = np.abs(u), np.abs(v)
-        inside = {"circle": np.hypot(u, v) < 1, "square": np.maximum(a, b) < .85,
-                  "triangle": (v < .8) & (2 * a < v + 1),
-                  "cross": (np.minimum(a, b) < .3) & (np.maximum(a, b) < 1)}[shape]
-        pixels[inside] = np.clip(rng.normal(COLOURS[colour], 12), 0, 255)
-    left, right = (f"{colour} {shape}" for colour, shape in zip(colours, shapes))
-    return torch.from_numpy(pixels).permute(2, 0, 1), {"left": left, "right": right}
-
-
 def draw_examples(count: int, seed: int, asked: bool) -> list[Example]:
-    """`count` scenes, each with a question about one side. For pretraining (not asked) the question
-    is one word, or as in LLaVA's first stage there is none, and the text tells of both sides."""
+    """`count` scenes [3, 32, 32] of two shapes, each with a question about one side. For
+    pretraining (not asked) the question is one word, or as in LLaVA's first stage there is none,
+    and the text tells of both sides."""
     rng, examples = np.random.default_rng(seed), []
+    y, x = np.mgrid[:32, :32]
     for _ in range(count):
-        pixels, sides = draw_scene(rng)
-        (word, text), (other, rest) = list(sides.items())[::rng.choice([1, -1])]
-        turn = (f"<image>\n{word}", text)
+        colours, shapes = rng.permutation(list(COLOURS))[:2], rng.permutation(SHAPES)[:2]
+        pixels = rng.integers(0, 50, (32, 32, 3)).astype(np.uint8)
+        for centre, colour, shape in zip((8, 24), colours, shapes):          # left, right
+            radius = rng.uniform(5, 7)
+            u = (x - centre - rng.uniform(-1, 1)) / radius       # the shape's own axes
+            v = (y - 16 - rng.uniform(-3, 3)) / radius
+            a, b = np.abs(u), np.abs(v)
+            inside = {"circle": np.hypot(u, v) < 1, "square": np.maximum(a, b) < .85,
+                      "triangle": (v < .8) & (2 * a < v + 1),
+                      "cross": (np.minimum(a, b) < .3) & (np.maximum(a, b) < 1)}[shape]
+            pixels[inside] = np.clip(rng.normal(COLOURS[colour], 12), 0, 255)
+        left, right = (f"{colour} {shape}" for colour, shape in zip(colours, shapes))
+        sides = [("left", left), ("right", right)]
+        (side, text), (other, rest) = sides[::rng.choice([1, -1])]
+        turn = (f"<image>\n{side}", text)
         if asked:
-            turn = (f"<image>\nWhat is on the {word}?{SHORT}", text)
+            turn = (f"<image>\nWhat is on the {side}?{SHORT}", text)
         elif rng.integers(4):
-            turn = (None, f"{word} {text} {other} {rest}")
-        examples.append(Example(pixels, [turn], [turn[1]] * 10, "question"))
+            turn = (None, f"{side} {text} {other} {rest}")
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        examples.append(Example(image, [turn], [turn[1]] * 10, "question"))
     return examples
 
 
@@ -582,8 +549,9 @@ def main() -> None:
     load = functools.partial(load_llava, vision_directory=args.vision_checkpoint,
                              dtype=getattr(torch, args.dtype), device=args.device)
     if path:
-        train, test = read_data(args.data, args.images, args.seed)
-        tokenizer, model = llama.load_tokenizer(args.tokenizer or path), load(path)
+        train, test = read_data(args.data, args.images)
+        tokenizer = llama.load_tokenizer(args.tokenizer or Path(path, "tokenizer.model"))
+        model = load(path)
         llama.check_vocabulary(model, tokenizer, path)
     else:
         model, shots = Llava(*SMALL), shots or (None if args.fraction else 200)

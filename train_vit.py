@@ -39,7 +39,6 @@ RATES = {"lora": 1e-2, "matched": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkp
 
 # --- Model
 
-
 @dataclass(frozen=True)
 class ViTConfig:
     """Sizes of a ViT, and what its checkpoint leaves to the reader."""
@@ -112,14 +111,14 @@ class ViT(nn.Module):
 
 # --- Checkpoints: for each format, what their names become in ours, in this order
 
-TIMM = {"patch_embed.proj.": "patch_embed.", ".attn.proj.": ".attn.o_proj.", ".mlp.fc": ".fc",
-        "pre_logits.fc.": "pre_logits."}
+TIMM = {"patch_embed.proj.": "patch_embed.", ".attn.proj.": ".attn.o_proj.", ".mlp.fc": ".fc"}
 HUGGINGFACE = {
-    "vit.": "", "encoder.layer.": "blocks.", "layernorm_before": "norm1", "layernorm_after": "norm2",
-    "attention.attention.query": "attn.q_proj", "attention.attention.key": "attn.k_proj",
-    "attention.attention.value": "attn.v_proj", "attention.output.dense": "attn.o_proj",
-    "intermediate.dense": "fc1", "output.dense": "fc2", "layernorm.": "norm.",
-    "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
+    "vit.": "", "encoder.layer.": "blocks.", "layernorm_before": "norm1",
+    "layernorm_after": "norm2", "attention.attention.query": "attn.q_proj",
+    "attention.attention.key": "attn.k_proj", "attention.attention.value": "attn.v_proj",
+    "attention.output.dense": "attn.o_proj", "intermediate.dense": "fc1", "output.dense": "fc2",
+    "layernorm.": "norm.", "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head."}
 GOOGLE = {
     "opt/target/": "", "cls": "cls_token", "Transformer/encoder_norm": "norm", "kernel": "weight",
@@ -153,7 +152,8 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
         if num_classes not in (None, len(t.get("head.weight", ()))):
             print(f"{path}: a new head for {num_classes} classes")
             t = {key: value for key, value in t.items() if not key.startswith("pre_logits")}
-            t["head.weight"], t["head.bias"] = torch.zeros(num_classes, width), torch.zeros(num_classes)
+            t["head.weight"] = torch.zeros(num_classes, width)
+            t["head.bias"] = torch.zeros(num_classes)
         grid = math.isqrt(t["pos_embed"].shape[1] - 1)
         if image_size not in (None, grid * patch):
             token, old = t["pos_embed"][:, :1], t["pos_embed"][:, 1:].mT.unflatten(2, (grid, grid))
@@ -170,7 +170,7 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
 
 
 def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """fp32 tensors by our names; a fused qkv in three; zeros for absent biases of q, k and v."""
+    """fp32 tensors by our names, a fused qkv in three."""
     result = {}
     for key, tensor in tensors.items():
         key = key.removeprefix("module.").removeprefix("_orig_mod.")     # DataParallel, compile
@@ -181,9 +181,6 @@ def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, t
         parts = tensor.float().chunk(3) if ".qkv." in key else [tensor.float()]
         for name, part in zip("qkv", parts):
             result[key.replace(".qkv.", f".{name}_proj.")] = part
-    for key in list(result):
-        if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            result.setdefault(key.replace("weight", "bias"), torch.zeros(len(result[key])))
     return result
 
 
@@ -237,7 +234,6 @@ def save_vit(model: ViT, path: str | Path) -> None:
 
 
 # --- Data: (images, labels), with images uint8 [N, 3, H, W] or the files to read them from
-
 
 def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
     """(training data, test data, names of the classes) of a CIFAR folder, an .npz or a folder of
@@ -332,7 +328,8 @@ def square(path: Path, size: int) -> torch.Tensor:
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def choose(labels: torch.Tensor, shots: int | None, fraction: float | None, seed: int) -> torch.Tensor:
+def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
+           seed: int) -> torch.Tensor:
     """Indices of `shots` examples of each class, or of a `fraction` of each; all without either."""
     generator, chosen = torch.Generator().manual_seed(seed), []
     for label in labels.unique():
@@ -364,7 +361,6 @@ def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.
 
 
 # --- Demo: pictures that the script draws itself
-
 
 def draw(count: int, seed: int, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` pictures [3, 24, 24] of ten bright shapes (disk, ring, square, triangle, plus, star,
@@ -407,7 +403,7 @@ def small_vit() -> ViT:
 
 
 def pretrained(args, steps: int = 500) -> Path:
-    """Path of a small ViT pretrained on drawn pictures; one of the same seed under --out is kept."""
+    """Path of a small ViT pretrained on drawn pictures; one of this seed under --out is kept."""
     path = Path(args.out, f"backbone-{args.seed}-{steps}.pth")
     if path.exists():
         return path
@@ -428,7 +424,7 @@ def pretrained(args, steps: int = 500) -> Path:
 def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
     """Trains all of a small model, for the demos; loss(step) is that of a batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = LambdaLR(optimizer, functools.partial(warmup_cosine, steps=steps))
+    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, steps))
     for step in tqdm(range(steps), "pretraining", disable=None, leave=False):
         loss(step).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -438,7 +434,6 @@ def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
 
 
 # --- Training
-
 
 def warmup_cosine(step: int, steps: int) -> float:
     """Factor on the peak rate: linear warmup over the first 6% of the steps, then cosine to 0."""
@@ -455,12 +450,17 @@ def batch_indices(count: int, size: int, number: int, seed: int) -> torch.Tensor
     return torch.randperm(count, generator=generator)[place * size:(place + 1) * size]
 
 
+def autocast(args) -> torch.autocast:
+    """Computes in bfloat16 with --dtype bfloat16; trained tensors are fp32 anyhow."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16")
+
+
 @torch.no_grad()
 def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
     """Accuracy and cross entropy on the whole test set."""
     logits = []
     for images in test[0].split(256):
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16"):
+        with autocast(args):
             logits.append(model.eval()(prepare(images.to(args.device), model.config)).float().cpu())
     logits, labels = torch.cat(logits), test[1]
     accuracy = (logits.argmax(1) == labels).float().mean().item()
@@ -477,8 +477,7 @@ def fine_tune(args, config: Config, lr: float, load, train: tuple, test: tuple, 
         model.head.float().requires_grad_(True)
     optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
     lines = structlora.resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
-    schedule = LambdaLR(optimizer, functools.partial(warmup_cosine, steps=args.steps),
-                        len(lines) - 1)
+    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
     (rank, world), parallel = structlora.processes(), model
     if world > 1:                                                # torchrun; the probes end
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
@@ -487,12 +486,12 @@ def fine_tune(args, config: Config, lr: float, load, train: tuple, test: tuple, 
     model.train()
     for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
         began, total = time.perf_counter(), 0.0
-        torch.manual_seed((args.seed * args.steps + step) * world + rank)        # --resume needs it
+        torch.manual_seed((args.seed * args.steps + step) * world + rank)    # --resume needs it
         for number in range(step * args.accumulate, (step + 1) * args.accumulate):
             batch = batch_indices(len(labels), args.batch_size * world, number, args.seed)
             batch = batch[rank::world].to(args.device)
             x = prepare(images[batch], model.config, augment=True)
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16"):
+            with autocast(args):
                 loss = F.cross_entropy(parallel(x).float(), labels[batch])
             ((loss + adapters.penalty(len(labels))) / args.accumulate).backward()        # Eq. 4
             total += loss.item() / args.accumulate
@@ -514,7 +513,6 @@ def fine_tune(args, config: Config, lr: float, load, train: tuple, test: tuple, 
 
 # --- Main
 
-
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
@@ -529,7 +527,7 @@ def main() -> None:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
     train = take(train, choose(train[1], shots, args.fraction, args.seed))
     model = load()
-    attach(model, make_config(args, args.method)).detach()       # refused before anything is written
+    attach(model, make_config(args, args.method)).detach()       # refused before files are written
     if isinstance(train[0], list):
         size = model.config.image_size
         train, test = ((torch.stack([square(file, size) for file in files]), labels)

@@ -70,16 +70,15 @@ def put_picture(folder):
 
 
 def put_conversations(folder):
-    test_llava.put(folder, "a.ppm", "b.ppm")
-    return put(folder / "a.json", [test_llava.chat(name, "<image>a", "b") for name in ("a.ppm", "b.ppm")])
+    test_llava.put(folder, "a.png", "b.png")
+    return put(folder / "a.json", [test_llava.chat(name, "<image>a", "b") for name in ("a.png", "b.png")])
 
 
 def put_vqa(folder):
-    test_llava.put(folder, "a.ppm")
     put(folder / "train_annotations.json", {"annotations": [
         {"question_id": 3, "multiple_choice_answer": "cat", "answers": [{"answer": "cat"}]}]})
     return put(folder / "train_questions.json", {"questions": [
-        {"question_id": 3, "image": "a.ppm", "question": "What?"}]})
+        {"question_id": 3, "image_id": 5, "question": "What?"}], "data_subtype": "train2014"})
 
 
 def put_piqa(folder):
@@ -96,7 +95,7 @@ def read_texts(path):
 
 
 def read_pictures(path):
-    train_llava.read_data(path, path.parent, 0)
+    train_llava.read_data(path)
 
 
 def load_llava(pair):
@@ -104,7 +103,7 @@ def load_llava(pair):
 
 
 def read_vqa(path):
-    train_llava.read_examples([path])
+    train_llava.read_examples(sorted(path.parent.glob("*.json")))
 
 
 INSTRUCTIONS = [{"instruction": "a", "input": "b", "output": str(n)} for n in range(4)]

@@ -204,13 +204,6 @@ def test_normalisation_is_the_one_of_the_family(tmp_path):
     assert torch.allclose(prepare(x, load_vit(folder).config)[0, :, 3, 3], expected)
 
 
-def test_absent_qkv_biases_are_zero(tmp_path):
-    state = {k: v for k, v in as_timm(weights(SIZES["small"])).items() if "qkv.bias" not in k}
-    torch.save(state, tmp_path / "vit.pth")
-    model = load_vit(tmp_path / "vit.pth", num_heads=4)
-    assert not any(b.attn.q_proj.bias.any() or b.attn.v_proj.bias.any() for b in model.blocks)
-
-
 @pytest.mark.parametrize("width, depth, heads", ((192, 1, 3), (1280, 32, 16), (32, 1, 1)))
 def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_path):
     state = {}
