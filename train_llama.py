@@ -60,8 +60,8 @@ class LlamaConfig:
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> torch.Tensor:
-    """Radians per position of each pair of channels [head_dim / 2] (Su et al. 2021). Llama 3.1 slows
-    those of under `low` turns in its first context by `factor`, of over `high` not, and blends."""
+    """Radians per position of each pair of channels [head_dim / 2] (Su et al. 2021). Llama 3.1
+    slows those of under `low` turns in its first context by `factor`, of over `high` not."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-pairs / config.head_dim)
     if not config.rope_scaling:
@@ -164,7 +164,7 @@ class Llama(nn.Module):
         left (S = T and what the cache holds), which is not attended to; padding on the right needs
         none. select [N, T] bool: logits [M, V] of the M places marked, row by row."""
         x = self.model.embed_tokens(tokens) if embeddings is None else embeddings
-        (N, T, _), past, mask = x.shape, cache[0][0].shape[2] if cache else 0, None
+        T, past, mask = x.shape[1], cache[0][0].shape[2] if cache else 0, None
         key = torch.arange(past + T, device=x.device)                            # [S]
         query = key[past:, None]                     # [T, 1]; only differences of positions count
         angle = query * rotary_frequencies(self.config, x.device)

@@ -1,27 +1,30 @@
 """Does it work? StructLoRA against LoRA of the same rank, and of four times the rank.
 
     python tests/bench_accuracy.py --quick       one cell, four methods: minutes on two CPU cores
-    python tests/bench_accuracy.py               text and vision, small backbones: hours on a CPU
+    python tests/bench_accuracy.py               text, vision and LLaVA, small: hours on a CPU
     python tests/bench_accuracy.py --gpu         backbones of width 512 and 384: minutes on a GPU
     ... --dry       two steps of each cell, and what the whole is expected to take
-    ... --table     the tables and figures again, from the lines under tests/results
+    ... --table     the tables and figures again, from the lines under --results
+    ... --cells B   only the cells of these backbones: text vision llava deep
     ... --text F    adapt to this text instead of the manual that ships with Python
     ... --cifar10 D pretrain on and adapt to the pictures of this folder (CIFAR-10, binary)
 
 A cell is one frozen backbone, a number of labelled examples and a rank. Text: a byte-level LLaMA
 pretrained on the Python sources of this installation, adapted to English; bits a byte. Vision: a
-ViT pretrained on drawn pictures, adapted to their inverted colours; cross entropy and accuracy.
+ViT pretrained on drawn pictures, adapted to their inverted colours; nats and accuracy. LLaVA: the
+demo of train_llava.py, questions on drawn scenes; nats an answer token and VQA accuracy.
 
-Protocol. A seed draws the labelled examples, the initial factors, the random signs and the order of
-the batches, the same for every method, so that differences pair. All seeds and learning rates of a
+A seed draws the labelled examples, the initial factors, the random signs and the order of the
+batches, the same for every method, so that differences pair. All seeds and learning rates of a
 method run as one batch: torch.vmap over functional_call of the adapted model. Rates are factors of
 two; while the best of them (mean loss over the seeds) lies at an edge, the next one is run too. The
 rate that counts for one half of the seeds is chosen on the other half. Intervals are 95% of the
 paired difference to LoRA (Student's t); p is Holm's over the table. Every run is a line of
-tests/results/SIZE.jsonl; what is there is not run again.
+SIZE.jsonl; what is there is not run again.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -34,18 +37,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.lr_scheduler import LambdaLR
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 import structlora
 import train_llama
+import train_llava
 import train_vit
-from structlora import Config, attach
+from structlora import Config, StructLoRA, attach
+from train_vit import warmup_cosine
 
-RESULTS = ROOT / "tests" / "results"
 FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
+START_RATE = 8e-3                    # the lowest of the first grid
 
-# name -> (factor on the rank, changes of Config, kind of layer)
+# name -> (factor on the rank, changes of Config); budget is in units of the rank
 LORA = {"gate": "none", "coordinator": "none"}
 METHODS = {
     "LoRA": (1, LORA), "LoRA 4r": (4, LORA), "hybrid": (1, {}), "all": (1, {"edges": "all"}),
@@ -54,21 +60,23 @@ METHODS = {
     "depth": (1, {"edges": "depth"}), "similarity": (1, {"edges": "similarity"}),
     "hybrid, no gate": (1, {"gate": "none"}), "all, no gate": (1, {"gate": "none", "edges": "all"}),
     "all, no gate, uniform": (1, {"gate": "none", "edges": "all", "coordinator": "uniform"}),
-    "all, |M| = 1/sqrt(L-1)": (1, {"edges": "all"}), "hybrid, budget r": (1, {"budget": 1}),
+    "all, |M| = 1/sqrt(L-1)": (1, {"edges": "all"}), "hybrid, budget r": (1, {}),
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN = ("LoRA", "LoRA 4r", "hybrid", "all", "gate only")
 
-# pretrain: (steps, examples in a step); batch: examples in a step; cells: (backbone, examples, rank).
-# Methods that are not in `methods` are run in the first cell; `more` are the last cells to be run.
+# pretrain: (steps, examples in a step); batch: examples in a step; cells: (backbone, examples,
+# rank). Methods that are not in MAIN are run in the first cell; `more` are the last to be run.
 TEXT = dict(width=128, layers=6, length=64, pretrain=(1500, 32), batch=8)
 SIZES = {
-    "quick": dict(seeds=4, rates=2, steps=100, methods=MAIN[:4], text=TEXT | {"pretrain": (600, 32)},
+    "quick": dict(seeds=4, rates=2, methods=MAIN[:4], text=TEXT | {"pretrain": (600, 32)},
                   cells=[("text", 512, 1)], more=[]),
-    "default": dict(seeds=8, rates=3, steps=100, methods=MAIN, text=TEXT, more=[],
+    "default": dict(seeds=8, rates=3, methods=MAIN, text=TEXT, more=[],
                     vision=dict(width=96, layers=6, pretrain=(800, 32), batch=32),
-                    cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("vision", 20, 1),
-                           ("text", 512, 4), ("text", 64, 4), ("vision", 100, 4), ("vision", 20, 4)]),
-    "gpu": dict(seeds=8, rates=4, steps=100, methods=MAIN,
+                    llava=dict(seeds=4, pretrain=(600, 32), batch=16),
+                    cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1),
+                           ("vision", 20, 1), ("text", 512, 4), ("text", 64, 4),
+                           ("vision", 100, 4), ("vision", 20, 4), ("llava", 200, 2)]),
+    "gpu": dict(seeds=8, rates=4, methods=MAIN,
                 text=dict(width=512, layers=8, length=128, pretrain=(1500, 128), batch=16),
                 deep=dict(width=256, layers=16, length=128, pretrain=(1000, 128), batch=16),
                 vision=dict(width=384, layers=8, pretrain=(600, 128), batch=32),
@@ -76,11 +84,10 @@ SIZES = {
                        ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1)],
                 more=[("vision", 100, 4), ("vision", 20, 4), ("text", 512, 16), ("text", 64, 16),
                       ("vision", 100, 16), ("vision", 20, 16)])}
-START_RATE = 8e-3                    # the lowest of the first grid
+STEPS = 100
 
 
 # --- Backbones and data: (x, y) with x bytes [N, T] and y the next ones, or images and labels [N]
-
 
 def windows(text: bytes, count: int, length: int, seed: int) -> tuple:
     """Bytes at places that the seed draws, and the bytes that follow each."""
@@ -108,7 +115,8 @@ def text_task(sizes: dict, args) -> tuple:
 
 def vision_task(sizes: dict, args) -> tuple:
     """(ViT, pictures to pretrain on, inverted ones to adapt to, inverted ones to test)."""
-    source, pool, test = (train_vit.draw(n, seed, False) for n, seed in ((8000, 0), (8000, 1), (500, 2)))
+    source, pool, test = (train_vit.draw(count, seed, False)
+                          for count, seed in ((8000, 0), (8000, 1), (500, 2)))
     if args.cifar10:
         (images, labels), test, _ = train_vit.read_images(args.cifar10)
         half = len(labels) // 2
@@ -120,333 +128,279 @@ def vision_task(sizes: dict, args) -> tuple:
                                      for images, labels in (source, pool, test)))
 
 
+class Answers(nn.Module):
+    """A LLaVA's language model; embeddings [N, T, D] -> logits [N, 3, V] of the answer, which is
+    always three tokens: colour, shape, </s>."""
+
+    def __init__(self, llava: nn.Module):
+        super().__init__()
+        self.llava = llava
+        del llava.model.vision_tower, llava.model.mm_projector
+
+    def forward(self, x):
+        return self.llava(embeddings=x)[:, -4:-1]
+
+
+def llava_task(sizes: dict, args) -> tuple:
+    """(Answers, nothing, scenes to adapt to, scenes to test). What is frozen below the language
+    model is computed here once: where pictures stand among the words is nothing for vmap."""
+    options = argparse.Namespace(out=Path(args.out, "llava"), seed=0, device=args.device)
+    path = train_llava.pretrained(options, 2 if args.dry else sizes["pretrain"][0])
+    model, data = train_llava.load_llava(path, dtype=torch.float32, device=args.device), []
+    for count, seed in ((1000, 1), (300, 2)):
+        scenes = train_llava.draw_examples(count, seed, True)
+        rows = [train_llava.encode(train_llava.Words(), scene) for scene in scenes]
+        images, tokens, _ = train_llava.collate(rows, args.device, model.vision)
+        with torch.no_grad():
+            data.append((model.splice(images, tokens)[0], tokens[:, -3:]))
+    return Answers(model), None, *data
+
+
 class Task:
     """A pretrained, frozen backbone, and what it is adapted to."""
 
     def __init__(self, kind: str, sizes: dict, args):
         self.kind, self.sizes, self.device = kind, sizes, args.device
-        make = vision_task if kind == "vision" else text_task
+        make = {"vision": vision_task, "llava": llava_task}.get(kind, text_task)
         self.model, source, self.pool, self.test = make(sizes, args)
-        torch.manual_seed(0)
-        for parameter in self.model.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
-        self.model.to(self.device)
         name = "-".join(str(value) for value in (kind, *sizes.values(), bool(args.cifar10)))
-        name = name.replace(", ", "x").strip("()")
-        path = Path(args.out) / f"{name}.pt"
+        path = Path(args.out, name.replace(", ", "x").strip("()") + ".pt")
+        self.model.to(self.device)
         if path.exists():
             self.model.load_state_dict(torch.load(path, self.device, weights_only=True))
-        else:
-            steps, batch = sizes["pretrain"]
-            loss, chance = self.pretrain(source, 2 if args.dry else steps, batch)
-            if not args.dry and not loss < 0.8 * chance:
-                raise ValueError(f"pretraining {name}: the loss is {loss:.3f}, chance {chance:.3f}")
-            print(f"pretrained {name}: loss {loss:.3f}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
+        elif source:
+            self.pretrain(source, 2 if args.dry else sizes["pretrain"][0])
             if not args.dry:
                 structlora.write(path, self.model.state_dict())
         if self.device != "cpu":
             self.model.bfloat16()
 
-    def pretrain(self, source: tuple, steps: int, batch: int) -> tuple[float, float]:
-        """Trains all weights -> (last loss, loss of guessing)."""
-        lr = 2e-3 * (128 / self.sizes["width"]) ** 0.5
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: train_vit.warmup_cosine(step, steps))
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(steps):
-            i = torch.randint(len(source[1]), (batch,), generator=generator)
-            x, y = (part[i].to(self.device) for part in source)
+    def pretrain(self, source: tuple, steps: int) -> None:
+        """Trains all weights on source."""
+        torch.manual_seed(0)
+        for parameter in self.model.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        generator, (x, y) = torch.Generator().manual_seed(0), source
+
+        def loss(step: int) -> torch.Tensor:
+            i = torch.randint(len(y), self.sizes["pretrain"][1:], generator=generator)
             with torch.autocast(self.device, torch.bfloat16, self.device != "cpu"):
-                logits = self.model(x).float().flatten(0, -2)
-            loss = F.cross_entropy(logits, y.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        optimizer.zero_grad()
-        return loss.item(), math.log(logits.shape[1])
+                logits = self.model(x[i].to(self.device)).float().flatten(0, -2)
+            return F.cross_entropy(logits, y[i].to(self.device).flatten())
+
+        train_vit.pretrain(self.model, loss, steps, 2e-3 * (128 / self.sizes["width"]) ** 0.5)
+        print(f"pretrained {self.kind}: loss {loss(steps):.3f}", flush=True)
 
     def labelled(self, seed: int, count: int) -> tuple:
-        """The examples that a seed draws: `count` windows, or `count` pictures of each class."""
-        if self.kind != "vision":
+        """The examples that a seed draws: windows, pictures of each class, or scenes."""
+        if self.kind in ("text", "deep"):
             return windows(self.pool, count, self.sizes["length"], seed)
-        return train_vit.take(self.pool, train_vit.choose(self.pool[1], count, None, seed))
+        classes = self.pool[1] if self.kind == "vision" else torch.zeros(len(self.pool[1]))
+        return train_vit.take(self.pool, train_vit.choose(classes, count, None, seed))
 
 
-# --- Other people's methods, a few lines each
-
+# --- Other people's methods, with the ways of StructLoRA's handle
 
 class Other(nn.Linear):
-    """A frozen layer with another update; what it trains is called *_o."""
+    """A frozen layer with the update of DoRA, AdaLoRA or SHiRA; s = 2."""
 
-    def __init__(self, linear: nn.Linear, kind: str, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, kind: str, rank: int):
         d, k = linear.weight.shape
         super().__init__(k, d, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.kind = linear.weight, linear.bias, kind
         r = math.ceil(1.5 * rank) if kind == "AdaLoRA" else rank         # it prunes from 1.5 r to r
-        if kind == "SHiRA":                  # as many weights as LoRA trains, at random places
-            self.register_buffer("places", torch.randperm(d * k, generator=generator)[:r * (d + k)])
-            self.values_o = nn.Parameter(torch.zeros(r * (d + k)))
-        else:
-            self.A_o = nn.Parameter(torch.empty(r, k).uniform_(-1, 1, generator=generator) / k**0.5)
-            self.B_o = nn.Parameter(torch.zeros(d, r))
-            self.norm_o = nn.Parameter(linear.weight.detach().float().norm(dim=1))       # DoRA's
+        self.A = nn.Parameter(torch.empty(r, k).uniform_(-1, 1) / k**0.5)
+        self.B = nn.Parameter(torch.zeros(d, r))
+        self.norm = nn.Parameter(linear.weight.detach().float().cpu().norm(dim=1))       # DoRA's
         if kind == "AdaLoRA":                # P diag(lambda) Q, with lambda = 0 at the start
-            nn.init.normal_(self.B_o, std=0.02, generator=generator)
-            self.norm_o = nn.Parameter(torch.zeros(r))
+            nn.init.normal_(self.B, std=0.02)
+            self.norm = nn.Parameter(torch.zeros(r))
+        if kind == "SHiRA":                  # as many weights as LoRA trains, at random places
+            self.register_buffer("places", torch.randperm(d * k)[:r * (d + k)])
+            self.A, self.B, self.norm = nn.Parameter(torch.zeros(r * (d + k))), None, None
+        self.weight, self.bias, self.kind = linear.weight, linear.bias, kind
         self.to(linear.weight.device)
 
     def forward(self, x):
-        y, (d, k) = F.linear(x, self.weight), self.weight.shape
-        bias = 0 if self.bias is None else self.bias
         if self.kind == "SHiRA":             # Bhardwaj et al. 2024
-            delta = torch.zeros(d * k, device=x.device).index_put((self.places,), self.values_o)
-            return y + F.linear(x, delta.view(d, k).to(x.dtype)) + bias
-        A, B, norm = self.A_o, 2 * self.B_o, self.norm_o
-        if self.kind == "AdaLoRA":           # Zhang et al. 2023
-            return y + F.linear(x, A.to(x.dtype)) @ (norm[:, None] * B.T).to(x.dtype) + bias
-        with torch.no_grad():                # DoRA (Liu et al. 2024): |W + B A| by rows, detached
-            W = self.weight.float()
-            now = (W + B @ A).norm(dim=1)
-        return (y + F.linear(x, A.to(x.dtype)) @ B.T.to(x.dtype)) * (norm / now).to(x.dtype) + bias
+            delta = self.A.new_zeros(self.weight.numel()).index_put((self.places,), self.A)
+            delta = delta.view_as(self.weight)                           # [d, k]
+        else:                                # AdaLoRA: Zhang et al. 2023
+            B = self.B * self.norm if self.kind == "AdaLoRA" else self.B
+            delta = 2 * B @ self.A
+        y = F.linear(x, self.weight) + F.linear(x, delta.to(x.dtype))
+        if self.kind == "DoRA":              # Liu et al. 2024: |W + s B A| by rows, detached
+            now = (self.weight.float() + delta.detach()).norm(dim=1)
+            y = y * (self.norm / now).to(x.dtype)
+        return y if self.bias is None else y + self.bias
 
 
-def attach_other(model: nn.Module, kind: str, rank: int, seed: int) -> dict[str, nn.Linear]:
-    """Replaces q_proj and v_proj -> what was there, by name."""
-    plain = {n: m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))}
-    generator = torch.Generator().manual_seed(seed)
-    place(model.requires_grad_(False), {n: Other(m, kind, rank, generator) for n, m in plain.items()})
-    return plain
+class Others:
+    """The handle of a model whose q_proj and v_proj became Other."""
 
+    def __init__(self, model: nn.Module, kind: str, rank: int):
+        self.kind, self.layers, self.memory = kind, [], {}
+        for name, module in [*model.requires_grad_(False).named_modules()]:
+            if name.endswith(Config.targets):
+                self.layers.append(Other(module, kind, rank))
+                model.set_submodule(name, self.layers[-1])
 
-def place(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Puts layers into the model by name."""
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    def param_groups(self, lr: float) -> list[dict]:
+        trained = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        return [{"params": trained, "lr": lr}]
 
-
-# --- A batch of experiments
-
-
-class Loss(nn.Module):
-    """(x, y) -> (mean loss, with what the method adds to it in training, accuracy)."""
-
-    def __init__(self, task: Task, penalty):
-        super().__init__()
-        self.model, self.task, self.penalty = task.model, task, penalty
-
-    def forward(self, x, y):
-        if x.is_floating_point():
-            x = x.to(next(self.model.parameters()).dtype)
-        logits = self.model(x).float().flatten(0, -2)
-        loss = F.cross_entropy(logits, y.flatten())
-        if self.training:
-            loss = loss + self.penalty()
-        return loss, (logits.argmax(1) == y.flatten()).float().mean()
-
-
-class Experiments:
-    """len(seeds) x len(rates) fine-tunings of one frozen model at once, E of them, the rates of a
-    seed side by side: whatever differs between them has a leading dimension E."""
-
-    def __init__(self, task: Task, method: str, examples: int, rank: int, seeds: list, rates: list):
-        self.task, self.method, self.seeds, self.rates = task, method, seeds, rates
-        factor, changes = METHODS[method]
-        rank, changes = factor * rank, {key: rank if key == "budget" else value
-                                        for key, value in changes.items()}
-        config = Config(rank=rank, alpha=2.0 * rank, **changes)
-        starts, data, self.adapters, self.plain, self.memory = [], [], None, {}, {}
-        for seed in seeds:
-            self.detach()
-            starts.append({n: t.detach().clone() for n, t in self.attach(config, seed).items()})
-            data.append(task.labelled(seed, examples))
-        count = data[0][1].numel()                               # N of Eq. 4
-        self.loss = Loss(task, lambda: self.adapters.penalty(count) if self.adapters
-                         else self.orthogonality())
-        stacked = {f"model.{n}": torch.stack([s[n] for s in starts for _ in rates]) for n in starts[0]}
-        self.x, self.y = (torch.stack(part).to(task.device) for part in zip(*data))
-        self.lr = torch.tensor([rate for _ in seeds for rate in rates], device=task.device)
-        own = dict(self.loss.named_parameters())
-        self.buffers = {n: t for n, t in stacked.items() if n not in own}
-        self.trained = {n: t for n, t in stacked.items() if n in own}
-        # All but the probes are parts of one matrix [E, P], so that a step of AdamW is a few lines.
-        self.names = [n for n in self.trained if not n.endswith(".probe")]
-        parts = [self.trained[n].reshape(len(self.lr), -1) for n in self.names]
-        self.flat, gate, kept = torch.cat(parts, 1), [], []
-        self.m, self.v = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        for n, part in zip(self.names, self.flat.split([part.shape[1] for part in parts], 1)):
-            self.trained[n] = part.view_as(self.trained[n])
-            gate += [".gate." in n] * part.shape[1]
-            kept += [".gate." in n or ".structlora." in n] * part.shape[1]
-        self.gate, self.kept = (torch.tensor(flags, device=task.device) for flags in (gate, kept))
-
-    def attach(self, config: Config, seed: int) -> dict[str, torch.Tensor]:
-        """The tensors that this seed's experiments start from; the same A for every method."""
-        torch.manual_seed(seed)
-        model = self.task.model
-        if self.method in ("DoRA", "AdaLoRA", "SHiRA"):
-            self.plain = attach_other(model, self.method, config.rank, seed)
-            return {n: t for n, t in model.state_dict().items() if n.endswith(("_o", "places"))}
-        self.adapters = attach(model, config)
-        for number, layer in enumerate(self.adapters.layers.values()):
-            generator = torch.Generator().manual_seed(1000 * seed + number)
-            start = torch.empty(layer.A.shape).uniform_(-1, 1, generator=generator)
-            layer.A.data.copy_(start / layer.A.shape[1] ** 0.5)
-        for graph in self.adapters.graphs:
-            if "sqrt" in self.method:
-                graph.rho.data.fill_((len(graph.names) - 1) ** 0.5)
-        own = self.adapters.state()["state"]
-        return {n: t for n, t in own.items() if not n.endswith((".P", ".Q"))}
-
-    def detach(self) -> None:
-        """Puts the plain layers back."""
-        if self.adapters:
-            self.adapters.detach()
-        place(self.task.model, self.plain)
-
-    def each(self, function, x, y, shared: bool) -> tuple:
-        """function(trained tensors, other tensors, x, y) of all experiments, whose batches are x, y
-        [E, B, ...] or shared [B, ...]."""
-        dims = (0, 0, None, None) if shared else 0
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.vmap(function, dims, randomness="different")(self.trained, self.buffers, x, y)
-
-    def scored(self, trained: dict, buffers: dict, x, y) -> tuple:
-        """(loss, accuracy) of one experiment."""
-        return functional_call(self.loss, trained | buffers, (x, y))
-
-    def step(self, step: int, steps: int, batch: int) -> None:
-        """One optimizer step of every experiment, in the order of the scripts' loops."""
-        chosen = [train_vit.batch_indices(len(self.x[0]), batch, step, seed) for seed in self.seeds]
-        x, y = (torch.stack([part[i] for part, i in zip(parts, chosen)])
-                .repeat_interleave(len(self.rates), 0) for parts in (self.x, self.y))
-        self.loss.train()
-        grads, _ = self.each(grad_and_value(self.scored, has_aux=True), x, y, shared=False)
-        self.observe(grads)
-        t, gate_lr = step + 1, 0.05 if "budget" in self.method else 0.01
-        g = torch.cat([grads[n].reshape(len(self.lr), -1) for n in self.names], 1)       # [E, P]
-        g *= (1 / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-        rate = torch.where(self.gate, gate_lr, self.lr[:, None])                         # [E, P]
-        rate *= train_vit.warmup_cosine(step, steps)
-        self.flat *= 1 - 0.01 * rate * ~self.kept                # AdamW, one rate per experiment
-        self.m.lerp_(g, 0.1)
-        self.v.mul_(0.999).addcmul_(g, g, value=0.001)
-        self.flat -= rate * (self.m / (1 - 0.9**t)) / ((self.v / (1 - 0.999**t)).sqrt() + 1e-8)
-        if self.method == "hybrid, budget r":
-            self.prune(t / steps)
-        if self.method == "AdaLoRA":
-            self.allocate(grads, t / steps)
-
-    @torch.no_grad()
-    def observe(self, grads: dict) -> None:
-        """adapters.observe_gradients() for each experiment: its similarity edges are its own."""
-        for number, graph in enumerate(self.adapters.graphs if self.adapters else ()):
-            name = f"model.structlora.{number}."
-            self.buffers[name + "steps"] += 1
-            probes = [grads.pop(n) for n in list(grads) if n.endswith(".probe") and n[6:-6] in graph.names]
-            if not probes:
-                continue
-            mean, hears = self.buffers[name + "gradient"], self.buffers[name + "hears"]
-            mean.lerp_(torch.stack(probes, 1), 0.1)
-            for e in range(len(mean)) if graph.learns_edges else ():
-                graph.gradient.copy_(mean[e])
-                graph.hears.copy_(hears[e])
-                hears[e][:, -1] = graph.most_similar()
-            if int(self.buffers[name + "steps"][0]) >= (10 if graph.learns_edges else 1):
-                for layer_name, layer in zip(graph.names, graph.layers):
-                    layer.probe.requires_grad_(False)
-                    del self.trained[f"model.{layer_name}.probe"]
-
-    def load(self, e: int) -> None:
-        """Puts experiment e's tensors into the model."""
-        state = {n.removeprefix("model."): t[e].detach() for n, t in (self.trained | self.buffers).items()}
-        self.task.model.load_state_dict(state, strict=False)
-
-    def prune(self, progress: float) -> None:
-        """adapters.prune() for each experiment."""
-        for e in range(len(self.lr)):
-            self.load(e)
-            self.adapters.prune(progress)
-            for number, graph in enumerate(self.adapters.graphs):
-                self.buffers[f"model.structlora.{number}.sign"][e] = graph.sign
-
-    def orthogonality(self) -> torch.Tensor:
-        """AdaLoRA's penalty, 0.1 |P^T P - I|^2 + 0.1 |Q Q^T - I|^2 over its layers; 0 for others."""
-        total = torch.zeros((), device=self.task.device)
-        for module in self.task.model.modules():
-            if isinstance(module, Other) and module.kind == "AdaLoRA":
-                one = torch.eye(len(module.A_o), device=total.device)
-                total = total + 0.1 * (module.B_o.T @ module.B_o - one).square().sum()
-                total = total + 0.1 * (module.A_o @ module.A_o.T - one).square().sum()
+    def penalty(self, count: int) -> torch.Tensor:
+        """AdaLoRA's 0.1 |P^T P - I|^2 + 0.1 |Q Q^T - I|^2 over its layers."""
+        total = torch.zeros((), device=self.layers[0].A.device)
+        for layer in self.layers if self.kind == "AdaLoRA" else ():
+            one = torch.eye(len(layer.A), device=total.device)
+            total = total + 0.1 * (layer.B.T @ layer.B - one).square().sum()
+            total = total + 0.1 * (layer.A @ layer.A.T - one).square().sum()
         return total
 
+    def observe_gradients(self) -> None:
+        pass
+
     @torch.no_grad()
-    def allocate(self, grads: dict, progress: float) -> None:
+    def prune(self, progress: float) -> None:
         """AdaLoRA keeps the directions of largest smoothed sensitivity |w dL/dw| times uncertainty,
         from 1.5 r to r a layer on a cubic schedule between 10% and 70% of training."""
-        score = {}
-        for name, grad in grads.items():
-            now, (mean, spread) = (self.trained[name] * grad).abs(), self.memory.get(name, (0.0, 0.0))
-            mean = 0.85 * mean + 0.15 * now
-            self.memory[name] = mean, 0.85 * spread + 0.15 * (now - mean).abs()
-            score[name] = self.memory[name][0] * self.memory[name][1]
-        names = [name[:-6] for name in grads if name.endswith("norm_o")]
-        scores = torch.stack([score[n + "norm_o"] + score[n + "A_o"].mean(2) + score[n + "B_o"].mean(1)
-                              for n in names], 1)                                # [E, L, r']
-        left = (1 - min(1.0, max(0.0, (progress - 0.1) / 0.6))) ** 3
-        keep = round(scores[0].numel() * (1 + 0.5 * left) / 1.5)
-        best, flat = scores.flatten(1).topk(keep, 1).indices, torch.zeros_like(scores.flatten(1))
-        mask = flat.scatter(1, best, 1.0).view_as(scores)
-        for number, name in enumerate(names):
-            self.trained[name + "norm_o"] *= mask[:, number]
-
-    @torch.no_grad()
-    def scores(self) -> torch.Tensor:
-        """[E, 2] mean loss and accuracy on the test examples."""
-        self.loss.eval()
-        x, y = self.task.test
-        total = torch.zeros(len(self.lr), 2, device=self.task.device)
-        for a, b in zip(x.split(32), y.split(32)):
-            parts = self.each(self.scored, a.to(self.task.device), b.to(self.task.device), shared=True)
-            total += torch.stack(parts, 1) * len(b)
-        return total / len(y)
+        scores = []                                                      # [L, r']
+        for layer in self.layers if self.kind == "AdaLoRA" else ():
+            for p in (layer.A, layer.B, layer.norm):
+                now, (mean, spread) = (p * p.grad).abs(), self.memory.get(p, (0.0, 0.0))
+                mean = 0.85 * mean + 0.15 * now
+                self.memory[p] = mean, 0.85 * spread + 0.15 * (now - mean).abs()
+            A, B, norm = (torch.mul(*self.memory[p]) for p in (layer.A, layer.B, layer.norm))
+            scores.append(norm + A.mean(1) + B.mean(0))
+        if scores:
+            left = (1 - min(1.0, max(0.0, (progress - 0.1) / 0.6))) ** 3
+            scores = torch.cat(scores)
+            best = scores.topk(round(len(scores) * (1 + 0.5 * left) / 1.5)).indices
+            kept = torch.zeros_like(scores).scatter(0, best, 1.0).chunk(len(self.layers))
+            for layer, mask in zip(self.layers, kept):
+                layer.norm *= mask
 
 
-def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: list, size: dict,
-        dry: bool) -> dict:
-    """One method in one cell -> what a line of the results says of these rates."""
-    experiments = Experiments(task, method, examples, rank, seeds, rates)
-    steps = 2 if dry else size["steps"]
+# --- Experiments, E of them at once
+
+class Experiment(nn.Module):
+    """A copy of a task's model that shares its weights, a method's adapters, their optimizer."""
+
+    def __init__(self, task: Task, method: str, examples: int, rank: int, seed: int, rate: float,
+                 steps: int):
+        super().__init__()
+        shared = {id(p): p for p in task.model.parameters()}
+        self.task, self.model, self.seed = task, copy.deepcopy(task.model, shared), seed
+        self.x, self.y = task.labelled(seed, examples)
+        factor, changes = METHODS[method]
+        rank, budget = factor * rank, factor * rank if "budget" in method else None
+        torch.manual_seed(seed)
+        if method in ("DoRA", "AdaLoRA", "SHiRA"):
+            self.adapters = Others(self.model, method, rank)
+        else:
+            config = Config(rank=rank, alpha=2.0 * rank, budget=budget, **changes)
+            self.adapters = attach(self.model, config)
+            for number, layer in enumerate(self.adapters.layers.values()):
+                generator = torch.Generator().manual_seed(1000 * seed + number)  # for all methods
+                A = torch.empty(layer.A.shape).uniform_(-1, 1, generator=generator)
+                layer.A.data.copy_(A / A.shape[1] ** 0.5)
+            for graph in self.adapters.graphs if "sqrt" in method else ():
+                graph.rho.data.fill_((len(graph.names) - 1) ** 0.5)
+        self.optimizer = torch.optim.AdamW(self.adapters.param_groups(rate), fused=True)
+        self.schedule = LambdaLR(self.optimizer, lambda n: warmup_cosine(n, steps))
+        self.trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, x, y) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean loss, with what the method adds to it in training; accuracy)."""
+        if x.is_floating_point():
+            x = x.to(next(self.model.parameters()).dtype)
+        logits = self.model(x).float()                           # [N, V] or [N, T, V]
+        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        if self.training:
+            loss = loss + self.adapters.penalty(self.y.numel())              # Eq. 4
+        right = logits.argmax(-1) == y
+        if self.task.kind == "llava":        # VQA accuracy: all three tokens of the answer
+            right = right.all(1)
+        return loss, right.float().mean()
+
+    def step(self, gradients: dict, e: int, progress: float) -> None:
+        """One optimizer step, in the order of the scripts' loops."""
+        for name, gradient in gradients.items():
+            self.trained[name].grad = gradient[e].contiguous()   # as the fused AdamW takes them
+        self.adapters.observe_gradients()
+        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.adapters.prune(progress)
+
+
+def together(experiments: list[Experiment], x, y) -> tuple:
+    """forward() of all of them by torch.vmap, x and y [E, N, ...]; in training (gradients, that)."""
+    first, trained, fixed = experiments[0], {}, {}
+    for name in [n for n, p in first.trained.items() if p.requires_grad]:    # probes come to rest
+        trained[name] = torch.stack([e.trained[name].detach() for e in experiments])
+    for name, _ in first.named_buffers():
+        fixed[name] = torch.stack([e.get_buffer(name) for e in experiments])
+
+    def one(trained: dict, fixed: dict, x, y) -> tuple:
+        return functional_call(first, trained | fixed, (x, y))
+
+    function = grad_and_value(one, has_aux=True) if first.training else one
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.vmap(function, randomness="different")(trained, fixed, x, y)
+
+
+def train(experiments: list[Experiment], steps: int) -> float:
+    """Milliseconds of a step and experiment, once the edges have settled."""
+    task, settled = experiments[0].task, min(20, steps - 1)
+    experiments[0].train()
     for step in range(steps):
-        if step == min(20, steps - 1):                           # timed once the edges have settled
+        if step == settled:
             began = time.perf_counter()
-        experiments.step(step, steps, task.sizes["batch"])
+        batch = [train_vit.batch_indices(len(e.y), task.sizes["batch"], step, e.seed)
+                 for e in experiments]
+        x = torch.stack([e.x[i] for e, i in zip(experiments, batch)]).to(task.device)
+        y = torch.stack([e.y[i] for e, i in zip(experiments, batch)]).to(task.device)
+        gradients, _ = together(experiments, x, y)
+        for number, experiment in enumerate(experiments):
+            experiment.step(gradients, number, (step + 1) / steps)
     if task.device != "cpu":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / (steps - min(20, steps - 1))
-    scores = experiments.scores().view(len(seeds), len(rates), 2)
-    trainable = experiments.flat.shape[1]
-    merged, cosine = [], None
-    if experiments.adapters:
-        for e in range(len(rates)):                              # of the first seed
-            experiments.load(e)
-            kept = experiments.adapters.diagnostics()["kept"].values()
-            merged.append(sum(kept) / len(kept))
-        matrices = experiments.adapters.diagnostics()["cosine_matrix"]
-        cosine = [[round(v, 2) for v in row] for row in next(iter(matrices.values())).tolist()]
-    experiments.detach()
-    rounded = [[[round(v, 5) for v in pair] for pair in row] for row in scores.tolist()]
-    return {"rates": rates, "scores": rounded, "trainable": trainable, "merged": merged,
-            "ms": round(1e3 * seconds / len(experiments.lr), 3), "cosine": cosine}
+    return 1e3 * (time.perf_counter() - began) / (steps - settled) / len(experiments)
+
+
+@torch.no_grad()
+def test(experiments: list[Experiment]) -> torch.Tensor:
+    """[E, 2] mean loss and accuracy on the test examples."""
+    experiments[0].eval()
+    (x, y), device = experiments[0].task.test, experiments[0].task.device
+    total = torch.zeros(len(experiments), 2, device=device)
+    for parts in zip(x.split(32), y.split(32)):
+        parts = [part.to(device).expand(len(total), *part.shape) for part in parts]
+        total += torch.stack(together(experiments, *parts), 1) * parts[1].shape[1]
+    return total.double() / len(y)
+
+
+def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: list,
+        steps: int) -> dict:
+    """One method in one cell -> what a line of the results says of these rates."""
+    experiments = [Experiment(task, method, examples, rank, seed, rate, steps)
+                   for seed in seeds for rate in rates]
+    ms, merged, cosine = train(experiments, steps), [], None
+    scores = test(experiments).view(len(seeds), len(rates), 2).round(decimals=5).tolist()
+    for experiment in experiments[:len(rates)]:                  # of the first seed
+        if isinstance(experiment.adapters, StructLoRA):
+            told = experiment.adapters.diagnostics()
+            merged.append(sum(told["kept"].values()) / len(told["kept"]))
+            cosine = next(iter(told["cosine_matrix"].values())).double().round(decimals=2).tolist()
+    groups = experiments[0].optimizer.param_groups
+    trainable = sum(p.numel() for group in groups for p in group["params"])
+    return {"rates": rates, "scores": scores, "trainable": trainable, "merged": merged,
+            "ms": round(ms, 3), "cosine": cosine}
 
 
 # --- Statistics, table, figures
-
 
 def two_sided(t: float, df: int) -> float:
     """P(|T| > t) of Student's t, by the trapezoidal rule on u = arctan(T / sqrt(df))."""
@@ -459,11 +413,8 @@ def two_sided(t: float, df: int) -> float:
 def interval(values: torch.Tensor) -> tuple[float, float, float]:
     """(mean, half width of its 95% interval, p of no difference)."""
     mean, error = float(values.mean()), float(values.std()) / len(values) ** 0.5
-    low, high = 0.0, 100.0
-    while high - low > 1e-6:                 # the t whose two-sided p is 5%
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, len(values) - 1) > 0.05 else (low, middle)
-    return mean, low * error, two_sided(mean / max(error, 1e-12), len(values) - 1)
+    half = {4: 3.182446, 8: 2.364624}[len(values)] * error       # 97.5% quantiles of Student's t
+    return mean, half, two_sided(mean / max(error, 1e-12), len(values) - 1)
 
 
 def counted(line: dict) -> tuple[torch.Tensor, int]:
@@ -475,27 +426,53 @@ def counted(line: dict) -> tuple[torch.Tensor, int]:
     return torch.cat([scores[:half, first], scores[half:, second]]), first
 
 
+def unit(cell: tuple) -> float:
+    """What a nat is in the table: bits a byte for text."""
+    return 1 / math.log(2) if cell[0] in ("text", "deep") else 1.0
+
+
+def difference(lines: dict, cell: tuple, method: str, other: str) -> tuple[float, float, float]:
+    """interval() of the paired difference in loss between two methods of a cell."""
+    scores, others = (counted(lines[*cell, name])[0] for name in (method, other))
+    return interval((scores - others)[:, 0] * unit(cell))
+
+
 def table(lines: dict) -> list[dict]:
-    """A row for each cell and method; "gain" holds the paired difference to the cell's LoRA."""
+    """A row for each cell and method; "gain" holds the difference to the cell's LoRA."""
     rows = []
     for (*cell, method), line in lines.items():
-        baseline = lines.get((*cell, "LoRA"))
-        if baseline:
+        if (*cell, "LoRA") in lines:
             scores, picked = counted(line)
-            unit = 1.0 if cell[0] == "vision" else 1 / math.log(2)       # nats, or bits a byte
-            gain = interval((scores - counted(baseline)[0])[:, 0] * unit)
-            loss, accuracy = (scores.mean(0) * torch.tensor([unit, 100.0])).tolist()
+            loss, accuracy = (scores.mean(0) * torch.tensor([unit(cell), 100.0])).tolist()
+            parameters = line["trainable"] / lines[*cell, "LoRA"]["trainable"]
             rows.append({"cell": "{} {} r{}".format(*cell), "method": method,
-                         "seeds": str(len(scores)),
-                         "parameters": f"{line['trainable'] / baseline['trainable']:.2f}",
+                         "seeds": str(len(scores)), "parameters": f"{parameters:.2f}",
                          "merged rank": f"{line['merged'][picked]:.1f}" if line["merged"] else "-",
-                         "loss": f"{loss:.4f}", "accuracy": f"{accuracy:.1f}", "gain": gain,
-                         "rate": f"{line['rates'][picked]:.0e}", "ms/step": f"{line['ms']:.2f}"})
-    compared, worst = sorted((r for r in rows if r["method"] != "LoRA"), key=lambda r: r["gain"][2]), 0
-    for place_, row in enumerate(compared):                      # Holm 1979
-        worst = max(worst, min(1.0, row["gain"][2] * (len(compared) - place_)))
-        row |= {"to LoRA (95%)": "{:+.4f} +- {:.4f}".format(*row["gain"]), "p (Holm)": f"{worst:.3f}"}
+                         "loss": f"{loss:.4f}", "accuracy": f"{accuracy:.1f}",
+                         "rate": f"{line['rates'][picked]:.0e}", "ms/step": f"{line['ms']:.2f}",
+                         "gain": difference(lines, cell, method, "LoRA")})
+    compared = sorted((r for r in rows if r["method"] != "LoRA"), key=lambda r: r["gain"][2])
+    worst = 0.0
+    for number, row in enumerate(compared):                      # Holm 1979
+        worst = max(worst, min(1.0, row["gain"][2] * (len(compared) - number)))
+        row["to LoRA (95%)"] = "{:+.4f} +- {:.4f}".format(*row["gain"])
+        row["p (Holm)"] = f"{worst:.3f}"
     return rows
+
+
+def show(lines: dict, name: str, folder: Path) -> None:
+    """Prints the table, and what "all" differs from "hybrid"; draws the figures."""
+    rows = table(lines)
+    columns = ["cell", "method", "seeds", "parameters", "merged rank", "loss", "to LoRA (95%)",
+               "p (Holm)", "accuracy", "rate", "ms/step"]
+    structlora.print_table([{c: row.get(c, "") for c in columns} for row in rows])
+    for *cell, method in lines:
+        if method == "all" and (*cell, "hybrid") in lines:
+            mean, half, p = difference(lines, cell, "all", "hybrid")
+            print("{} {} r{}: all to hybrid".format(*cell), f"{mean:+.4f} +- {half:.4f}",
+                  f"({len(lines[*cell, method]['scores'])} seeds, p {p:.3f})")
+    structlora.write(folder / f"gain-{name}.svg", gain_figure(rows))
+    structlora.write(folder / f"cosine-{name}.svg", cosine_figure(lines, next(iter(lines))[:3]))
 
 
 def svg(parts: list[str], height: int) -> str:
@@ -510,17 +487,18 @@ def gain_figure(rows: list[dict]) -> str:
     what LoRA of four times the rank gains; cells where that gains."""
     parts, y, zero = ['<text x="180" y="14">LoRA of the same rank: 0</text>'], 34, 240
     gains = {(r["cell"], r["method"]): r["gain"] for r in rows}
+    colours = {"hybrid": "#0072B2", "all": "#009E73", "LoRA 4r": "#888888"}
     for cell in dict.fromkeys(r["cell"] for r in rows):
-        four = gains.get((cell, "LoRA 4r"), (0, 0, 0))
-        if four[0] + four[1] >= 0:
+        four, half, _ = gains.get((cell, "LoRA 4r"), (0, 0, 0))
+        if four + half >= 0:
             continue
         parts.append(f'<text x="10" y="{y + 24}" font-weight="bold">{cell}</text>')
-        for method, colour in (("hybrid", "#0072B2"), ("all", "#009E73"), ("LoRA 4r", "#888888")):
-            share, half = (200 * value / four[0] for value in gains[cell, method][:2])
-            x, w = zero + share, abs(half)
-            parts.append(f'<line x1="{x - w:.0f}" x2="{x + w:.0f}" y1="{y}" y2="{y}" stroke="{colour}"'
-                         f' stroke-width="2"/><circle cx="{x:.0f}" cy="{y}" r="4" fill="{colour}"/>'
-                         f'<text x="{x + w + 8:.0f}" y="{y + 4}">{method} {share / 2:.0f}%</text>')
+        for method in [m for m in colours if (cell, m) in gains]:
+            share, half = (200 * value / four for value in gains[cell, method][:2])
+            x, w, line = zero + share, abs(half), f'stroke="{colours[method]}" stroke-width="2"'
+            parts += [f'<line x1="{x - w:.0f}" x2="{x + w:.0f}" y1="{y}" y2="{y}" {line}/>',
+                      f'<circle cx="{x:.0f}" cy="{y}" r="4" fill="{colours[method]}"/>',
+                      f'<text x="{x + w + 8:.0f}" y="{y + 4}">{method} {share / 2:.0f}%</text>']
             y += 20
         y += 14
     return svg([f'<line x1="{zero}" x2="{zero}" y1="20" y2="{y}" stroke="#bbb"/>', *parts], y + 10)
@@ -528,40 +506,41 @@ def gain_figure(rows: list[dict]) -> str:
 
 def cosine_figure(lines: dict, cell: tuple) -> str:
     """Cosine of the updates of each pair of layers: blue 1, white 0, red -1."""
-    parts = []
-    for number, method in enumerate(("LoRA", "hybrid", "all")):
-        matrix, left = lines[(*cell, method)]["cosine"], 20 + 205 * number
+    parts, left = [], 20
+    for method in [m for m in ("LoRA", "hybrid", "all") if (*cell, m) in lines]:
+        matrix = lines[*cell, method]["cosine"]
         size = 180 / len(matrix)
         parts.append(f'<text x="{left}" y="16">{method}</text>')
-        for place_ in range(len(matrix) ** 2):
-            i, j = divmod(place_, len(matrix))
+        for number in range(len(matrix) ** 2):
+            i, j = divmod(number, len(matrix))
             shade = round(255 * (1 - abs(matrix[i][j])))
             fill = f"rgb({shade},{shade},255)" if matrix[i][j] >= 0 else f"rgb(255,{shade},{shade})"
-            parts.append(f'<rect x="{left + j * size:.1f}" y="{26 + i * size:.1f}" width="{size:.1f}" '
-                         f'height="{size:.1f}" fill="{fill}" stroke="#ddd"/>')
+            parts.append(f'<rect x="{left + j * size:.1f}" y="{26 + i * size:.1f}" fill="{fill}" '
+                         f'width="{size:.1f}" height="{size:.1f}" stroke="#ddd"/>')
+        left += 205
     return svg(parts, 220)
 
 
 # --- Main
 
-
 def read_lines(path: Path) -> dict:
-    """(task, examples, rank, method) -> line."""
+    """(backbone, examples, rank, method) -> line."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {(*line["cell"], line["method"]): line for line in lines}
 
 
 def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     """A method's line in a cell: the grid of rates, widened while its best lies at an edge."""
-    seeds = list(range(FIRST_SEED, FIRST_SEED + size["seeds"]))
+    size, steps = size | task.sizes, 2 if args.dry else STEPS
+    seeds = [FIRST_SEED + i for i in range(size["seeds"])]
     rates = [START_RATE * 2**i for i in range(size["rates"])]
-    line = run(task, method, *cell[1:], seeds, rates, size, args.dry)
+    line = run(task, method, *cell[1:], seeds, rates, steps)
     for _ in range(0 if args.dry or args.quick else 4):
         best = int(torch.tensor(line["scores"])[..., 0].mean(0).argmin())
         if 0 < best < len(line["rates"]) - 1:
             break
         rate = line["rates"][0] / 2 if best == 0 else line["rates"][-1] * 2
-        more = run(task, method, *cell[1:], seeds, [rate], size, False)
+        more = run(task, method, *cell[1:], seeds, [rate], steps)
         first, second = (more, line) if best == 0 else (line, more)
         line |= {"rates": first["rates"] + second["rates"],
                  "scores": [a + b for a, b in zip(first["scores"], second["scores"])],
@@ -569,34 +548,40 @@ def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     return {"cell": cell, "method": method} | line
 
 
-def main() -> None:
-    """Runs what is missing, cell by cell, and prints the table."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options() -> argparse.Namespace:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("quick", "gpu", "dry", "table"):
         p.add_argument(f"--{flag}", action="store_true")
+    p.add_argument("--cells", nargs="*", default=["text", "vision", "llava", "deep"])
     p.add_argument("--text")
     p.add_argument("--cifar10")
     p.add_argument("--out", default="out/bench", help="where pretrained backbones are kept")
-    p.add_argument("--results", default=str(RESULTS), help="where the lines go")
+    p.add_argument("--results", type=Path, default=ROOT / "tests" / "results")
     p.add_argument("--minutes", type=float, default=1e9, help="no run is started after these")
     args = p.parse_args()
-    name = "quick" if args.quick else "gpu" if args.gpu else "default"
-    size, began = SIZES[name], time.perf_counter()
     args.device = "cuda" if args.gpu and not args.dry else "cpu"
-    path = Path(args.results) / f"{name}.jsonl"
-    lines, tasks, total = read_lines(path), {}, 0.0
-    first, others = size["cells"][0], [m for m in METHODS if m not in MAIN and not args.quick]
+    return args
+
+
+def main() -> None:
+    """Runs what is missing, cell by cell, and prints the table."""
+    args, began, tasks, total = options(), time.perf_counter(), {}, 0.0
+    name = "quick" if args.quick else "gpu" if args.gpu else "default"
+    size, path = SIZES[name], args.results / f"{name}.jsonl"
+    lines, others = read_lines(path), [m for m in METHODS if m not in MAIN and not args.quick]
     work = [(cell, method) for cell in size["cells"] for method in size["methods"]]
-    work += [(first, method) for method in others]
+    work += [(size["cells"][0], method) for method in others]
     work += [(cell, method) for cell in size["more"] for method in size["methods"]]
     for cell, method in [] if args.table else work:
         late = time.perf_counter() - began > 60 * args.minutes
-        if (*cell, method) in lines or late or cell[0] == "deep" and method == "gate only":
+        if (*cell, method) in lines or late or cell[0] not in args.cells:
             continue
         if cell[0] not in tasks:
             tasks[cell[0]] = Task(cell[0], size[cell[0]], args)
         line = finished(tasks[cell[0]], cell, method, size, args)
-        total += line["ms"] * len(line["rates"]) * size["seeds"] * size["steps"] / 1e3
+        total += line["ms"] * len(line["rates"]) * len(line["scores"]) * STEPS / 1e3
         print(f"{cell} {method}: {line['ms']:.2f} ms a step and experiment, so far "
               f"{time.perf_counter() - began:.0f} s", flush=True)
         if not args.dry:
@@ -607,13 +592,7 @@ def main() -> None:
     if args.dry:
         print(f"expected: {total / 60:.0f} minutes beside pretraining, on this machine")
     if lines:
-        rows = table(lines)
-        columns = ["cell", "method", "seeds", "parameters", "merged rank", "loss", "to LoRA (95%)",
-                   "p (Holm)", "accuracy", "rate", "ms/step"]
-        structlora.print_table([{c: row.get(c, "") for c in columns} for row in rows])
-        if not args.quick:
-            structlora.write(RESULTS / f"gain-{name}.svg", gain_figure(rows))
-            structlora.write(RESULTS / f"cosine-{name}.svg", cosine_figure(lines, first))
+        show(lines, name, args.results)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ RANK = 8
 # name: (how to build it, examples on a CPU, on a GPU, tokens of an example: 0 for images, where)
 GEOMETRIES = {
     "vit-b": (lambda: ViT(ViTConfig()), 4, 128, 0, "quick cpu gpu"),
-    "llama-15m": (lambda: Llama(LlamaConfig(32000, 288, 6, 6, 6, 48, 768)), 2, 64, 256, "quick cpu gpu"),
-    "llama-1b": (lambda: Llama(LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, tied=True)), 1, 4, 256,
-                 "cpu gpu"),
+    "llama-15m": (lambda: Llama(LlamaConfig(32000, 288, 6, 6, 6, 48, 768)), 2, 64, 256,
+                  "quick cpu gpu"),
+    "llama-1b": (lambda: Llama(LlamaConfig(128256, 2048, 16, 32, 8, 64, 8192, tied=True)),
+                 1, 4, 256, "cpu gpu"),
     "llama-7b": (lambda: Llama(LlamaConfig()), 1, 4, 512, "gpu")}
 LORA = {"gate": "none", "coordinator": "none"}
 METHODS = {"floor": None, "LoRA": LORA, "gate only": {"coordinator": "none"},
@@ -56,7 +57,7 @@ METHODS = {"floor": None, "LoRA": LORA, "gate only": {"coordinator": "none"},
 class Runner:
     """A method on modules of its own around the backbone's tensors."""
 
-    def __init__(self, method: str, model: torch.nn.Module, inputs: torch.Tensor, labels: torch.Tensor):
+    def __init__(self, method: str, model: torch.nn.Module, inputs, labels):
         self.model = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train()
         self.inputs, self.labels, self.method, self.adapters = inputs, labels, method, None
         names = [n for n, _ in model.named_modules() if n.endswith(("q_proj", "v_proj"))]
@@ -65,7 +66,8 @@ class Runner:
                 self.model.get_submodule(name).register_forward_hook(ask_for_gradient)
         elif method.startswith("PEFT"):
             import peft
-            peft.inject_adapter_in_model(peft.LoraConfig(target_modules=names, **METHODS[method]), self.model)
+            config = peft.LoraConfig(target_modules=names, **METHODS[method])
+            peft.inject_adapter_in_model(config, self.model)
         else:
             self.adapters = attach(self.model, Config(rank=RANK, **METHODS[method]))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -112,13 +114,14 @@ def ask_for_gradient(module, inputs, output):
 def batch_of(name: str, model, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Random inputs and labels of a geometry."""
     _, cpu, gpu, tokens, _ = GEOMETRIES[name]
-    count, generator, c = cpu if device == "cpu" else gpu, torch.Generator().manual_seed(0), model.config
+    count, c = cpu if device == "cpu" else gpu, model.config
+    generator = torch.Generator().manual_seed(0)
     if tokens:
         data = torch.randint(c.vocab_size, (count, tokens + 1), generator=generator).to(device)
         return data[:, :-1], data[:, 1:]
     images = torch.randn(count, 3, c.image_size, c.image_size, generator=generator)
-    dtype = next(model.parameters()).dtype
-    return images.to(device, dtype), torch.randint(c.classes, (count,), generator=generator).to(device)
+    labels = torch.randint(c.classes, (count,), generator=generator)
+    return images.to(device, next(model.parameters()).dtype), labels.to(device)
 
 
 def backbone(name: str, device: str) -> torch.nn.Module:
@@ -136,7 +139,8 @@ def bench_steps(name: str, methods: list[str], rounds: int, device: str, compile
     runners, rows, first = {}, [], {}
     for method in methods:
         runner = runners[method] = Runner(method, model, inputs, labels)
-        first[method] = statistics.median(runner.timed()[0] for _ in range(11 if device != "cpu" or runner.adapters else 2))
+        steps = 11 if device != "cpu" or runner.adapters else 2
+        first[method] = statistics.median(runner.timed()[0] for _ in range(steps))
         if compiled:
             runner.call = torch.compile(runner.model)
             began = time.perf_counter()
@@ -189,7 +193,7 @@ def bench_ops(methods: list[str]) -> None:
         row = {"method": method}
         for way, label in enumerate(("forward", "backward")):
             added = [counts[method, d][way] - counts["floor", d][way] for d in (4, 8)]
-            row[label] = f"{(added[1] - added[0]) / 8:.1f}"      # four blocks more, two layers in each
+            row[label] = f"{(added[1] - added[0]) / 8:.1f}"      # four blocks more, two layers each
         rows.append(row)
     print("\noperations that an adapted layer adds")
     print_table(rows)
@@ -212,40 +216,40 @@ def bench_life(device: str) -> None:
             with torch.no_grad():
                 for layer in adapters.layers.values():
                     layer.B.normal_()
-            row = {"edges": edges, "attach": took, "save": seconds(adapters.save, folder / "a.pt")[0],
+            row = {"attach": took, "save": seconds(adapters.save, folder / "a.pt")[0],
                    "export": seconds(adapters.export_peft, folder)[0],
-                   "diagnostics": seconds(adapters.diagnostics)[0], "merge": seconds(adapters.merge)[0]}
+                   "diagnostics": seconds(adapters.diagnostics)[0],
+                   "merge": seconds(adapters.merge)[0]}
             row["load"], adapters = seconds(StructLoRA.load, model, folder / "a.pt")
             adapters.detach()
-            rows.append({k: v if isinstance(v, str) else f"{1e3 * v:.0f} ms" for k, v in row.items()})
+            rows.append({"edges": edges} | {k: f"{1e3 * v:.0f} ms" for k, v in row.items()})
         print("\nViT-B, rank 8: once each")
         print_table(rows)
         save_vit(ViT(ViTConfig()), folder / "vit.pth")
         plain = min(seconds(torch.load, folder / "vit.pth")[0] for _ in range(3))
         ours = min(seconds(load_vit, folder / "vit.pth")[0] for _ in range(3))
-        print(f"\nreading ViT-B (343 MB): torch.load {plain:.2f} s, load_vit {ours:.2f} s (finite, checked)")
+        print(f"\nreading ViT-B (343 MB): torch.load {plain:.2f} s, load_vit {ours:.2f} s")
 
 
 def bench_tokens() -> None:
-    """kB of UTF-8 a second, first pass, beside sentencepiece where that is installed."""
-    path = Path(__file__).parents[2] / "shared" / "data" / "llama2" / "tokenizer.model"
+    """kB of UTF-8 that the tokenizers read in a second, where their files are."""
     text = (Path(__file__).parents[1] / "structlora.py").read_text() * 5
-    if not path.exists():
-        print("\ntokenizers: no tokenizer.model of Llama 2 here")
-        return
-    took = min(seconds(load_tokenizer(path).encode, text)[0] for _ in range(3))
-    print(f"\nSentencePiece of Llama 2: {len(text.encode()) / took / 1e3:.0f} kB/s")
+    for path in sorted(Path(__file__).parents[2].glob("shared/data/*/tokenizer.model")):
+        took = min(seconds(load_tokenizer(path).encode, text)[0] for _ in range(3))
+        print(f"\n{path.parent.name}'s tokenizer: {len(text.encode()) / took / 1e3:.0f} kB/s")
 
 
 def main() -> None:
     """The parts that were asked for."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true")
     p.add_argument("--gpu", action="store_true")
     p.add_argument("--only", nargs="*", default=[])
     p.add_argument("--rounds", type=int)
     args = p.parse_args()
-    where, device = "quick" if args.quick else "gpu" if args.gpu else "cpu", "cuda" if args.gpu else "cpu"
+    where, device = "gpu" if args.gpu else "cpu", "cuda" if args.gpu else "cpu"
+    where = "quick" if args.quick else where
     rounds = args.rounds or {"quick": 7, "cpu": 20, "gpu": 15}[where]
     methods = list(METHODS)
     try:

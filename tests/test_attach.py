@@ -61,7 +61,6 @@ def peft_delta(directory, name):
 
 # --- attach
 
-
 @pytest.mark.parametrize("budget,gate_lr", ((None, 0.01), (2.0, 0.05)))
 def test_attach_freezes_the_model_and_groups_what_it_trains(budget, gate_lr):
     model = chain()
@@ -184,7 +183,6 @@ def test_layers_that_no_gradient_reaches_are_named_at_the_first_step():
 
 # --- merge, detach, disabled
 
-
 @pytest.mark.parametrize("gate,coordinator,edges", [*product(GATES, COORDINATORS, EDGES)])
 def test_eval_merged_and_exported_outputs_agree(gate, coordinator, edges, tmp_path):
     model, adapters = adapted(4, gate=gate, coordinator=coordinator, edges=edges)
@@ -273,7 +271,6 @@ def test_disabled_adapters_leave_the_frozen_model_for_a_moment():
 
 
 # --- Copies, casts and files
-
 
 def copied(way, model, adapters, path):
     """(model, adapters) again, by one of the ways that there are."""
@@ -369,7 +366,6 @@ def test_load_refuses_other_files_and_other_models_by_name(tmp_path, monkeypatch
 
 
 # --- PEFT and the Hugging Face Trainer
-
 
 @pytest.mark.parametrize("rank", (1, 2, 5, 100))
 def test_export_cut_to_a_rank_is_the_best_approximation_of_that_rank(rank, tmp_path):

@@ -1,5 +1,5 @@
-"""The benchmark's own promises: experiments at once equal experiments alone and the scripts' loop, the
-statistics, every method runs."""
+"""The benchmark's own promises: experiments at once equal experiments alone and the scripts' loop,
+the statistics, every method runs."""
 
 import argparse
 import json
@@ -7,69 +7,96 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import bench_accuracy as bench
 import bench_speed
+import train_llava
 from structlora import Config, attach
 from train_vit import batch_indices, warmup_cosine
 
-STEPS, SIZES = 13, dict(width=32, layers=3, length=8, pretrain=(2, 8), batch=4)
+STEPS = 13
+SIZES = {"text": dict(width=32, layers=3, length=8, pretrain=(2, 8), batch=4),
+         "llava": dict(pretrain=(2, 32), batch=4)}
 
 
 @pytest.fixture
 def task(tmp_path):
+    """task(kind): a small backbone that learned next to nothing."""
     args = argparse.Namespace(device="cpu", cifar10=None, text=None, dry=True, out=str(tmp_path))
-    return bench.Task("text", SIZES, args)
+    return lambda kind: bench.Task(kind, SIZES[kind], args)
 
 
-def scores(task, method, seeds, rates):
-    experiments = bench.Experiments(task, method, 16, 2, seeds, rates)
-    for step in range(STEPS):
-        experiments.step(step, STEPS, 4)
-    result = experiments.scores().view(len(seeds), len(rates), 2)
-    experiments.detach()
-    return result
+def experiments(task, method, seeds, rates):
+    return [bench.Experiment(task, method, 16, 2, seed, rate, STEPS)
+            for seed in seeds for rate in rates]
 
 
+def trained(task, method, seeds, rates):
+    runs = experiments(task, method, seeds, rates)
+    bench.train(runs, STEPS)
+    return bench.test(runs)
+
+
+@pytest.mark.parametrize("kind", ("text", "llava"))
 @pytest.mark.parametrize("method", ("LoRA", "hybrid, uniform", "all, no gate, uniform"))
-def test_experiments_at_once_equal_experiments_alone_and_the_scripts_loop(method, task, monkeypatch):
+def test_experiments_at_once_equal_experiments_alone_and_the_scripts_loop(
+        method, kind, task, monkeypatch):
     # Without attention: Adam makes full steps of w_src's gradients, which are rounding at first.
     plain = {"gate": "none", "coordinator": "uniform"}
     monkeypatch.setitem(bench.METHODS, "hybrid, uniform", (1, plain))
-    at_once = scores(task, method, [3, 4], [1e-2, 3e-2])
-    alone = scores(task, method, [4], [3e-2])
-    assert torch.allclose(at_once[1, 1], alone[0, 0], atol=1e-4)
-    assert not torch.allclose(at_once[0, 1], alone[0, 0], atol=1e-3)
-    start = bench.Experiments(task, method, 16, 2, [4], [3e-2])          # for the same factors
-    state, (x, y) = {n[6:]: t[0] for n, t in (start.trained | start.buffers).items()}, (start.x[0], start.y[0])
-    start.detach()
+    task = task(kind)
+    at_once = trained(task, method, [3, 4], [1e-2, 3e-2])
+    alone = trained(task, method, [4], [3e-2])
+    assert torch.allclose(at_once[3], alone[0], atol=1e-4)
+    assert not torch.allclose(at_once[1, 0], alone[0, 0], atol=1e-3)
+    start = experiments(task, method, [4], [3e-2])[0]            # for the same factors
     adapters = attach(task.model, Config(rank=2, alpha=4.0, **bench.METHODS[method][1]))
-    task.model.load_state_dict(state, strict=False)
+    task.model.load_state_dict(start.model.state_dict())
     optimizer = torch.optim.AdamW(adapters.param_groups(3e-2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: warmup_cosine(n, STEPS))
     task.model.train()
     for step in range(STEPS):
         i = batch_indices(16, 4, step, 4)
-        F.cross_entropy(task.model(x[i]).flatten(0, 1), y[i].flatten()).backward()
+        logits = task.model(start.x[i]).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, start.y[i].flatten()).backward()
         adapters.observe_gradients()
         torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        loss = F.cross_entropy(task.model.eval()(task.test[0]).flatten(0, 1), task.test[1].flatten())
-    adapters.detach()
-    assert float(loss) == pytest.approx(float(alone[0, 0, 0]), abs=1e-4)
+        logits = task.model.eval()(task.test[0]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, task.test[1].flatten())
+    assert float(loss) == pytest.approx(float(alone[0, 0]), abs=1e-4)
+
+
+def test_scenes_are_scored_as_train_llava_does(tmp_path):
+    args = argparse.Namespace(device="cpu", cifar10=None, out=str(tmp_path), dry=False, seed=0)
+    task = bench.Task("llava", {"pretrain": (150, 32), "batch": 4}, args)
+    runs = experiments(task, "LoRA", [4], [3e-2])
+    bench.train(runs, STEPS)
+    path = train_llava.pretrained(argparse.Namespace(out=tmp_path / "llava", seed=0), 150)
+    model = train_llava.load_llava(path, dtype=torch.float32)
+    config = Config(rank=2, alpha=4.0, targets=("self_attn.q_proj", "self_attn.v_proj"),
+                    **bench.LORA)
+    attach(model, config)
+    model.load_state_dict(runs[0].model.llava.state_dict(), strict=False)
+    rows = [train_llava.encode(train_llava.Words(), e)
+            for e in train_llava.draw_examples(300, 2, True)]
+    scenes = train_llava.draw_examples(300, 2, True)
+    args.batch_size = 150
+    theirs = train_llava.evaluate(model, train_llava.Words(), scenes, args)
+    assert [theirs["loss"], theirs["accuracy"]] == pytest.approx(bench.test(runs)[0].tolist(),
+                                                                 abs=1e-4)
+    assert theirs["accuracy"] > 0
 
 
 def test_every_method_runs_on_text_and_a_line_is_complete(task):
-    lines = {}
+    lines, task = {}, task("text")
     for method in bench.METHODS:
-        line = bench.run(task, method, 16, 2, [0, 1, 2, 3], [1e-2, 2e-2], {"steps": 3}, False)
+        line = bench.run(task, method, 16, 2, [0, 1, 2, 3], [1e-2, 2e-2], 3)
         lines["text", 16, 2, method] = json.loads(json.dumps(line))
         assert torch.tensor(line["scores"]).isfinite().all() and line["trainable"] > 0
-        assert not any("structlora" in name or name.endswith("_o") for name in task.model.state_dict())
     rows = bench.table(lines)
     assert [row["method"] for row in rows] == list(bench.METHODS)
     four = next(row for row in rows if row["method"] == "LoRA 4r")
@@ -87,13 +114,14 @@ def test_intervals_and_p_are_students():
 
 
 def test_the_rate_that_counts_is_chosen_on_the_other_half_of_the_seeds():
-    line = {"scores": [[[1.0, 0], [5.0, 0]], [[1.0, 0], [5.0, 0]], [[9.0, 0], [2.0, 0]], [[9.0, 0], [2.0, 0]]]}
-    kept, first = bench.counted(line)
-    assert kept[:, 0].tolist() == [5.0, 5.0, 9.0, 9.0] and first == 1
+    first, second = [[1.0, 0], [5.0, 0]], [[9.0, 0], [2.0, 0]]
+    kept, place = bench.counted({"scores": [first, first, second, second]})
+    assert kept[:, 0].tolist() == [5.0, 5.0, 9.0, 9.0] and place == 1
 
 
 def test_operations_that_a_layer_adds_are_counted(capsys):
     bench_speed.bench_ops(["floor", "LoRA", "hybrid"])
-    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line.split("|")[1:4] for line in printed if line.startswith("|")]
     added = {row[0].strip(): tuple(map(float, row[1:])) for row in rows[2:]}
     assert added["LoRA"] <= (4, 6) and added["hybrid"] <= (6, 12)

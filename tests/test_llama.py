@@ -139,8 +139,8 @@ def expected(config):
     model, tokens = oracle(config), prompt(config)[1:]
     out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12,
                          do_sample=False, pad_token_id=0, eos_token_id=None)
-    values = sample(model(tokens).logits).tolist()
-    return [[round(value, 5) for value in place] for place in values], out[0, 40:].tolist()
+    values = sample(model(tokens).logits)
+    return (values * 1e5).round().div(1e5).tolist(), out[0, 40:].tolist()
 
 
 def sample(logits):
@@ -343,7 +343,7 @@ def test_what_the_model_cannot_do_is_refused_not_ignored(settings, word, tmp_pat
 def test_other_files_are_refused_with_what_to_do(tmp_path):
     refused(tmp_path / "absent", "No such file")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "consolidated.00.pth")
+    refused(tmp_path / "empty", "pytorch_model.bin", "No such file")
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"")
     refused(tmp_path / "empty", "safetensors", "torch.save")
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")

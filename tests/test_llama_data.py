@@ -16,8 +16,6 @@ from train_llama import (Bytes, Example, Llama, LlamaConfig, Row, answer_losses,
 
 ARGS = argparse.Namespace(max_length=64, device="cpu")
 QUICK = ("--steps", "6", "--batch-size", "4", "--device", "cpu", "--out", "out")
-BOOLQ = {"question": "is ice cold", "passage": "Ice is frozen.", "title": "Ice", "answer": True}
-PIQA = {"goal": "Open a jar", "sol1": "Twist it.", "sol2": "Eat it."}
 PARITY = [{"instruction": f"Is {i} even?", "output": ("yes", "no")[i % 2]} for i in range(40)]
 
 
@@ -38,15 +36,7 @@ def nll(model, prompt, answer):
     return -sum(float(log_p[t - 1, ids[t]]) for t in range(start, len(ids))), len(ids) - start
 
 
-def test_records_are_put_as_their_authors_and_the_harness_put_them(tmp_path):
-    yes, no = read_examples(lines(tmp_path / "b.NDJSON", BOOLQ, BOOLQ | {"answer": False}))
-    assert yes == ("Ice is frozen.\nQuestion: is ice cold?\nAnswer:", [" no", " yes"], 1)
-    path = lines(tmp_path / "train.jsonl", PIQA, PIQA)
-    with pytest.raises(ValueError, match="train.jsonl: record 1: .*labels.lst"):
-        read_examples(path)
-    (tmp_path / "train-labels.lst").write_text("1\n0\n")
-    prompt, choices = "Question: Open a jar\nAnswer:", [" Twist it.", " Eat it."]
-    assert read_examples(path) == [(prompt, choices, 1), (prompt, choices, 0)] and no.answer == 0
+def test_records_are_put_as_alpaca_puts_them(tmp_path):
     records = [{"instruction": "Add {these}.", "input": "1 2", "output": "3"},
                {"instruction": "Say hi.", "input": math.nan, "output": "hi"}]
     (tmp_path / "a.json").write_text(json.dumps(records))
@@ -55,6 +45,7 @@ def test_records_are_put_as_their_authors_and_the_harness_put_them(tmp_path):
     assert both.prompt.endswith("ion:\nAdd {these}.\n\n### Input:\n1 2\n\n### Response:\n")
     assert alone.prompt.endswith("request.\n\n### Instruction:\nSay hi.\n\n### Response:\n")
     assert read_examples(lines(tmp_path / "c.json", *records)) == [both, alone]  # JSON Lines too
+    assert read_examples(lines(tmp_path / "d.NDJSON", *records)) == [both, alone]
 
 
 def test_few_different_outputs_become_choices_and_a_tenth_is_held_out(tmp_path):
@@ -68,11 +59,11 @@ def test_few_different_outputs_become_choices_and_a_tenth_is_held_out(tmp_path):
 
 
 def test_a_folder_of_two_parts_is_read(tmp_path):
-    lines(tmp_path / "train.jsonl", BOOLQ, BOOLQ)
+    lines(tmp_path / "train.jsonl", *PARITY[:2])
     with pytest.raises(ValueError, match="needs train and test"):
         read_data(tmp_path, 0)
     for name in ("test", "dev", "valid", "validation", "val"):
-        path = lines(tmp_path / f"{name}.JSON", BOOLQ)
+        path = lines(tmp_path / f"{name}.JSON", PARITY[2])
         assert list(map(len, read_data(tmp_path, 0))) == [2, 1]
         path.unlink()
 
@@ -83,13 +74,13 @@ def test_text_is_cut_into_parts_that_lose_nothing(tmp_path):
     examples = read_examples(tmp_path / "a.txt")
     assert "".join(e.choices[0] for e in examples) == text and len(examples) > 5
     for length in range(2, 14):                                  # each token is predicted once
-        rows = encode_rows(Bytes(), "", "abcdefghij", length, True)
+        rows = encode_rows(Bytes(), "", "abcdefghij", length - 1, True)
         assert sum((row.tokens[1:] for row in rows), []) == [*b"abcdefghij", 257]
         assert max(len(row.tokens) for row in rows) <= length and {row.start for row in rows} == {1}
 
 
 @pytest.mark.parametrize("name, text, words", (
-    ("a.jsonl", f"{json.dumps(BOOLQ)}\n{{\n", "record 2: "), ("b.jsonl", "[" * 100_000, ": "),
+    ("a.jsonl", f"{json.dumps(PARITY[0])}\n{{\n", "record 2: "), ("b.jsonl", "[" * 100_000, ": "),
     ("c.jsonl", '{"instruction": 1, "output": 2}', "record 1: expected"), ("d.json", "[]", "few"),
     ("e.json", '[{"question": "a", "passage": "b", "answer": "yes"}]', "record 1: expected"),
     ("f.json", '{"instruction": "a", "output": "", "answer": "b"}\n' * 20, "every output is empty"),
@@ -103,20 +94,20 @@ def test_bad_data_is_one_line_that_names_the_file(name, text, words, tmp_path):
 
 def test_a_row_is_prompt_answer_and_end_and_truncation_keeps_the_answer():
     assert encode_rows(Bytes(), "ab", "cd", 10, True) == [([256, *b"abcd", 257], 3)]
-    assert encode_rows(Bytes(), "abcdefgh", "XY", 6, True) == [([256, *b"ghXY", 257], 3)]
-    row, = encode_rows(Bytes(), "abc", "0123456789", 5, False)
-    assert row.tokens[row.start:] == [*b"0123"] and len(row.tokens) == 5
+    assert encode_rows(Bytes(), "abcdefgh", "XY", 5, True) == [([256, *b"ghXY", 257], 3)]
+    for length in range(1, 9):                                   # of which the last is not read
+        row, = encode_rows(Bytes(), "abc", "0123456789", length, False)
+        assert row.tokens[row.start:] == [*b"0123456789"[:length]] and row.tokens[0] == 256
+        assert len(row.tokens) == length + 1
 
 
-def test_batches_hold_every_row_once_an_epoch_and_like_lengths_together():
-    rows = [Row([0] * (2 + i * 7 % 90), i) for i in range(128)]
+def test_batches_hold_every_row_once_an_epoch():
+    rows = [Row([0, 1], i) for i in range(128)]
     batches = [rows_of_batch(rows, 4, number, 0) for number in range(64)]
     for epoch in (batches[:32], batches[32:]):
-        assert sorted(row.start for batch in epoch for row in batch) == list(range(128))
-    longest = [max(len(row.tokens) for row in batch) for batch in batches[:32]]
-    assert sum(longest) < 0.75 * sum(sorted(len(row.tokens) for row in rows)[-32:])
-    assert longest != sorted(longest) and batches[7] == rows_of_batch(rows, 4, 7, 0)
-    assert rows_of_batch(rows[:3], 4, 5, 0) and batches[:32] != batches[32:]
+        assert sorted(row.start for row in sum(epoch, [])) == list(range(128))
+    assert batches[7] == rows_of_batch(rows, 4, 7, 0) and batches[:32] != batches[32:]
+    assert len(rows_of_batch(rows[:3], 4, 5, 0)) == 3
 
 
 def test_scores_by_hand():
@@ -130,8 +121,8 @@ def test_scores_by_hand():
     expected = {"accuracy": 8 / 12, "loss": loss}
     assert evaluate(model, Bytes(), test, ARGS) == pytest.approx(expected, rel=1e-4)
     text = "a text that is longer than the rows are, " * 3
-    rows = encode_rows(Bytes(), "", text, 64, False)
-    parts = [answer_losses(model, collate([row], "cpu")).detach() for row in rows]
+    parts = [answer_losses(model, collate([row], "cpu")).detach()
+             for row in encode_rows(Bytes(), "", text, 64, False)]
     loss = float(torch.cat(parts).mean())
     scores = evaluate(model, Bytes(), [Example("", [text], 0)], ARGS)
     assert scores == pytest.approx({"perplexity": math.exp(loss), "loss": loss}, rel=1e-4)
@@ -176,7 +167,7 @@ def test_a_checkpoint_is_adapted_merged_and_scored_again(name, cli, tmp_path):
             score("out/merged.pt", "--eval-only")
 
 
-def test_the_loss_of_a_step_is_a_mean_over_all_its_labels(cli, tmp_path, monkeypatch):
+def test_the_loss_of_a_step_is_a_mean_over_all_its_labels(cli, tmp_path):
     command = (train_llama, "--checkpoint", write_tiny(tmp_path / "tiny.pt"), "--data", "a.jsonl",
                "--accumulate", "3", *QUICK)
     train, _ = read_data(lines(tmp_path / "a.jsonl", *PARITY), 0)
@@ -186,7 +177,3 @@ def test_the_loss_of_a_step_is_a_mean_over_all_its_labels(cli, tmp_path, monkeyp
     status, out, err = cli(*command)
     logged = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().split("\n")[0])["loss"]
     assert status == 0 and "accuracy" in out and logged == pytest.approx(expected, rel=1e-5), err
-    monkeypatch.setattr(train_llama.fine_tune, "__defaults__",   # batches without an answer
-                        (lambda *a: (collate(*a)[0], torch.zeros(4, 2) > 0), answer_losses, ()))
-    status, _, err = cli(*command)
-    assert status == 2 and "step 1 has no answer" in err and err.count("\n") == 1

@@ -5,7 +5,6 @@ The expected logits below were printed by `python tests/test_llava.py`, which ne
 import base64
 import functools
 import json
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,17 +24,11 @@ SIZES = {"plain": (11, 16, 2, 2, 2, 24, 12, 4, 12, 3, 2),
          "grouped": (9, 24, 1, 4, 2, 20, 10, 5, 8, 2, 1)}
 PLAIN, I = SIZES["plain"], IMAGE_TOKEN
 ROWS = [[I, 2, 3], [1, 5, 3, I, 2, 6, 4], [2, I, 3, I, 5], [1, 2, 3, 4]]
-EXPECTED = {           # the logits after the last token of each row
-    'plain': [[0.24081, -1.3465, 0.37353, 1.52413, 1.77718, 1.67778, 0.99686, -0.5612, -1.9156,
-        -0.74679, 1.79845], [0.18858, -1.34842, 0.35397, 1.53355, 1.79713, 1.69373, 0.99914,
-        -0.57516, -1.93374, -0.75243, 1.80657], [0.28882, -1.48311, 0.21358, 1.54355, 1.86383,
-        1.71807, 0.89332, -0.81456, -2.09679, -0.59737, 2.00381], [0.44976, -1.59163, 0.06738,
-        1.50076, 1.85924, 1.68504, 0.78984, -0.96354, -2.15984, -0.48242, 2.09444]],
-    'grouped': [[-0.13994, 0.0525, -1.75977, 1.33219, 0.05657, -0.96714, -0.74944, -0.60531,
-        -0.70378], [-1.39756, -0.59941, 0.99377, -0.88357, -0.22453, 1.3044, 1.02722, 0.39619,
-        0.19724], [-1.03621, -2.87208, 0.3558, 0.24025, 2.29991, -3.40871, -2.98554, -0.82386,
-        0.09523], [-1.5896, -1.03528, 1.81491, -1.68312, 0.68487, 1.30755, 0.19029, -0.44367,
-        -0.51779]]}
+EXPECTED = {           # the first four logits after the last token of each row
+    'plain': [[-0.68218, 0.29431, 3.10244, 2.07326], [-0.81646, 0.55838, 3.09021, 1.8429],
+              [-1.14881, 0.8324, 2.98274, 1.55721], [-0.96315, 0.5695, 3.10515, 1.85953]],
+    'grouped': [[-0.85171, -1.58812, 1.1285, -1.40008], [-0.04606, 0.14494, 0.75485, -1.01623],
+                [0.27324, 0.6532, -1.7159, 1.97715], [0.03993, 0.53786, -0.44525, 0.28636]]}
 
 
 def wave(shape, i, scale):
@@ -45,51 +38,39 @@ def wave(shape, i, scale):
 
 
 def original(sizes):
-    """(LLaVA's state dict, CLIP's state dict) under the names in which they are published."""
+    """(LLaVA's state dict, whose names are ours, CLIP's state dict) as they are published."""
     V, D, L, H, K, M, S, P, W, B, _ = sizes
-    linear = lambda name, out, into, bias=True: {f"{name}.weight": (out, into)} | (
-        {f"{name}.bias": (out,)} if bias else {})
-    llava = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D),
-             "model.norm.weight": (D,)}
-    for layer in (f"model.layers.{i}" for i in range(L)):
-        for name, out, into in (("self_attn.q_proj", D, D), ("self_attn.k_proj", D // H * K, D),
-                                ("self_attn.v_proj", D // H * K, D), ("self_attn.o_proj", D, D),
-                                ("mlp.gate_proj", M, D), ("mlp.up_proj", M, D),
-                                ("mlp.down_proj", D, M)):
-            llava |= linear(f"{layer}.{name}", out, into, bias=False)
-        llava |= {f"{layer}.input_layernorm.weight": (D,),
-                  f"{layer}.post_attention_layernorm.weight": (D,)}
-    llava |= linear("model.mm_projector.0", D, W) | linear("model.mm_projector.2", D, D)
-    norm = lambda name: {f"{name}.weight": (W,), f"{name}.bias": (W,)}
+    model = train_llava.Llava(train_llama.LlamaConfig(V, D, L, H, K, D // H, M),
+                              train_llava.vit.ViTConfig(S, P, W, 0, 1, W))
+    llava = {name: t.shape for name, t in model.state_dict().items() if "tower" not in name}
     clip = {"embeddings.class_embedding": (W,), "embeddings.patch_embedding.weight": (W, 3, P, P),
             "embeddings.position_embedding.weight": (1 + (S // P) ** 2, W)}
-    clip |= norm("pre_layrnorm") | norm("post_layernorm")
+    weights = {"pre_layrnorm": (W,), "post_layernorm": (W,)}     # all that have a bias too
     for layer in (f"encoder.layers.{i}" for i in range(B)):
-        clip |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+        weights |= {f"{layer}.layer_norm1": (W,), f"{layer}.layer_norm2": (W,)}
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            clip |= linear(f"{layer}.self_attn.{name}", W, W)
-        clip |= linear(f"{layer}.mlp.fc1", 2 * W, W) | linear(f"{layer}.mlp.fc2", W, 2 * W)
+            weights[f"{layer}.self_attn.{name}"] = W, W
+        weights |= {f"{layer}.mlp.fc1": (2 * W, W), f"{layer}.mlp.fc2": (W, 2 * W)}
+    for name, shape in weights.items():
+        clip |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     clip = {f"vision_model.{name}": shape for name, shape in clip.items()}
     return tuple({name: 1 + wave(shape, i, 0.2) if "norm" in name and name.endswith("weight")
                   else wave(shape, i, 0.4) for i, (name, shape) in enumerate(shapes.items())}
                  for shapes in (llava, clip))
 
 
-def text_config(sizes):
-    V, D, L, H, K, M = sizes[:6]
+def configs(sizes):
+    """What the two config.json say of the language model and of the tower."""
+    V, D, L, H, K, M, S, P, W, B, heads = sizes
     return dict(vocab_size=V, hidden_size=D, num_hidden_layers=L, num_attention_heads=H,
-                num_key_value_heads=K, intermediate_size=M, rms_norm_eps=1e-5, rope_theta=10000.0)
+                num_key_value_heads=K, intermediate_size=M, rms_norm_eps=1e-5, rope_theta=10000.0
+                ), dict(image_size=S, patch_size=P, hidden_size=W, num_hidden_layers=B,
+                        num_attention_heads=heads, intermediate_size=2 * W, hidden_act="quick_gelu")
 
 
-def vision_config(sizes):
-    S, P, W, B, H = sizes[6:]
-    return dict(image_size=S, patch_size=P, hidden_size=W, num_hidden_layers=B,
-                num_attention_heads=H, intermediate_size=2 * W, hidden_act="quick_gelu")
-
-
-def write(folder, sizes=PLAIN, inside=False, shards=2, **settings):
+def write(folder, sizes=PLAIN, inside=False, **settings):
     """FOLDER/llava and FOLDER/clip as published; the full CLIP has a text part too."""
-    llava, clip = original(sizes)
+    (llava, clip), (text, vision) = original(sizes), configs(sizes)
     (folder / "llava").mkdir(parents=True)
     (folder / "clip").mkdir()
     if inside:                       # a tower that was trained along: other weights than CLIP's
@@ -98,48 +79,40 @@ def write(folder, sizes=PLAIN, inside=False, shards=2, **settings):
     clip |= {"text_model.embeddings.token_embedding.weight": torch.ones(3, 2),
              "vision_model.embeddings.position_ids": torch.arange(3), "logit_scale": torch.ones(())}
     torch.save(clip, folder / "clip" / "pytorch_model.bin")
-    config = {"model_type": "clip", "vision_config": vision_config(sizes)}
-    (folder / "clip" / "config.json").write_text(json.dumps(config))
-    names = [f"pytorch_model-{i:05}-of-{shards:05}.bin" for i in range(1, shards + 1)]
-    for number, name in enumerate(names):
-        torch.save(dict(list(llava.items())[number::shards]), folder / "llava" / name)
+    (folder / "clip" / "config.json").write_text(json.dumps({"vision_config": vision}))
+    for i in (0, 1):
+        torch.save(dict(list(llava.items())[i::2]),
+                   folder / "llava" / f"pytorch_model-0000{i + 1}-of-00002.bin")
     config = {"model_type": "llava", "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad",
               "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
               "mm_use_im_start_end": False, "mm_use_im_patch_token": False}
-    config |= text_config(sizes) | settings
-    (folder / "llava" / "config.json").write_text(json.dumps(config))
+    (folder / "llava" / "config.json").write_text(json.dumps(config | text | settings))
     return folder / "llava", folder / "clip"
 
 
-def load(folder, sizes=PLAIN, **how):
-    return load_llava(*write(folder, sizes, **how), torch.float32)
-
-
-def pictures(sizes, count):
-    S = sizes[6]
-    return torch.sin(0.37 * torch.arange(count * 3 * S * S)).view(count, 3, S, S)
+def load(*arguments, **how):
+    return load_llava(*write(*arguments, **how), torch.float32)
 
 
 def batch(sizes, rows):
     """(images, tokens padded with 0 on the right)"""
-    T = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])
-    return pictures(sizes, sum(row.count(I) for row in rows)), tokens
+    tokens = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    M, S = sum(row.count(I) for row in rows), sizes[6]
+    return torch.sin(0.37 * torch.arange(M * 3 * S * S)).view(M, 3, S, S), tokens
 
 
 def with_transformers(sizes):
     """Logits of each of ROWS by itself, from transformers."""
-    from transformers import (CLIPVisionConfig, LlamaConfig, LlavaConfig,
-                              LlavaForConditionalGeneration)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision_config(sizes)),
-        text_config=LlamaConfig(**text_config(sizes)), image_token_index=sizes[0] - 1,
-        projector_hidden_act="gelu", vision_feature_layer=-2,
+    import transformers as hf
+    text, vision = configs(sizes)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**text),
+        image_token_index=sizes[0] - 1, projector_hidden_act="gelu", vision_feature_layer=-2,
         vision_feature_select_strategy="default", attn_implementation="eager")).eval()
     theirs, (llava, clip), state = model.state_dict(), original(sizes), {}
     for key, tensor in llava.items():
-        key = key.replace("model.", "model.language_model.").replace("projector.0", "projector.linear_1")
-        key = key.replace("projector.2", "projector.linear_2")
+        key = key.replace("model.", "model.language_model.")
+        key = key.replace("projector.0", "projector.linear_1").replace("r.2", "r.linear_2")
         state[key.replace("language_model.mm_", "multi_modal_")] = tensor
     for key, tensor in clip.items():
         key = f"model.vision_tower.{key}"
@@ -157,14 +130,12 @@ def with_transformers(sizes):
 
 # --- Model and checkpoints
 
-
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_are_those_of_transformers(tmp_path, size):
-    sizes = SIZES[size]
+@pytest.mark.parametrize("size, sizes", SIZES.items())
+def test_logits_are_those_of_transformers(tmp_path, size, sizes):
     logits, P = load(tmp_path, sizes)(*batch(sizes, ROWS)), (sizes[6] // sizes[7]) ** 2
     lengths = [len(row) + (P - 1) * row.count(I) for row in ROWS]
     assert logits.shape == (len(ROWS), 7 + 2 * (P - 1), sizes[0])
-    last = torch.stack([row[length - 1] for row, length in zip(logits, lengths)])
+    last = torch.stack([row[length - 1, :4] for row, length in zip(logits, lengths)])
     torch.testing.assert_close(last, torch.tensor(EXPECTED[size]), atol=1e-4, rtol=1e-4)
     pytest.importorskip("transformers")
     for ours, theirs in zip(logits, with_transformers(sizes)):
@@ -211,7 +182,7 @@ def test_questions_of_different_lengths_are_answered_as_each_by_itself(tmp_path)
 @pytest.mark.parametrize("images, row", ((0, [1, I, 2]), (1, [1, 2]), (3, [I, I])))
 def test_pictures_and_their_tokens_must_agree_in_number(images, row, tmp_path):
     with pytest.raises(ValueError, match=f"{images} images for {row.count(I)} image tokens"):
-        load(tmp_path)(pictures(PLAIN, images) if images else None, torch.tensor([row]))
+        load(tmp_path)(torch.ones(images, 3, 12, 12) if images else None, torch.tensor([row]))
 
 
 @pytest.mark.parametrize("pictured", (True, False))
@@ -247,12 +218,10 @@ BAD = {  # what is done to the folder, what the line must say
     "a strange one": (change(CLIP, vision_model__odd=torch.ones(1)), "clip.*odd"),
     "NaN": (change(CLIP, **{BIAS: torch.full((12,), np.nan)}), "clip.*norm_pre.bias has NaN"),
     "quantised": (change(CLIP, **{BIAS: torch.ones(12).char()}), "clip.*norm_pre.bias.*int8"),
-    "another tower": (change("clip/config.json", vision_config=vision_config(PLAIN) | {
+    "another tower": (change("clip/config.json", vision_config=configs(PLAIN)[1] | {
         "hidden_act": "gelu"}), "clip.*hidden_act must be quick_gelu"),
-    "a missing file": (lambda f: (f / "llava/pytorch_model-00002-of-00002.bin").unlink(), "llava"),
     "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "mm_vision_select_layer is 9"),
     "image tokens": (change(LLAVA, mm_use_im_start_end=True), "mm_use_im_start_end is True"),
-    "tiles": (change(LLAVA, image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     "another projector": (change(LLAVA, mm_projector_type="linear"), "mm_projector_type is 'lin")}
 
 
@@ -266,7 +235,6 @@ def test_a_bad_checkpoint_is_refused_by_name_in_one_line(tmp_path, case):
 
 
 # --- Data
-
 
 def chat(image, *texts):
     turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
@@ -332,7 +300,7 @@ def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ([chat("a.png", "no picture", "x")], "a.json: record 1: expected human and gpt in turn, and"),
+    ([chat("a.png", "no picture", "x")], "a.json: record 1: expected human and gpt in turn, <i"),
     ([chat("", "<image>", "x")], "record 1"), ([chat("a.png", "<image><image>", "x")], "record 1"),
     ([chat("a.png", "<image>a", "b", "c")], "record 1"), ([{"image": "a.png"}], "1: .*KeyError"),
     ([chat("a.png", "<image>a", "b", "c <image>", "d")], "record 1: expected human and gpt"),
@@ -340,7 +308,7 @@ def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
     ([chat("a.png", "<image>a", 7)], "a.json: record 1: expected text, found 7"),
     ({"annotations": [{"question_id": 1, "multiple_choice_answer": 2, "answers": []}]}, "found 2"),
     ({"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "a.json: .*KeyError: 5"),
-    ([chat("a.png", "<image>", "")] * 9, "too few"), ({"data": []}, "0 training"), (3, "a.json")])
+    ([chat("a.png", "<image>", "")] * 9, "too few"), ({"data": []}, "in 0 training"), (3, "a.json")])
 def test_bad_data_is_named_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_data(put(tmp_path, "a.png", a=content) / "a.json")
@@ -348,7 +316,6 @@ def test_bad_data_is_named_in_one_line(tmp_path, content, message):
 
 
 # --- Pictures and prompts
-
 
 @pytest.mark.parametrize("shape", ((40, 30), (23, 57), (16, 16)))
 def test_pictures_are_padded_and_go_clips_processors_way(shape, monkeypatch):
@@ -405,7 +372,6 @@ def test_llavas_way_of_tokenising_around_the_picture():
 
 # --- The command line
 
-
 def test_the_demo_runs_and_resumes(cli, tmp_path, monkeypatch):
     quick = functools.partial(train_llava.pretrained, steps=2)
     monkeypatch.setattr(train_llava, "pretrained", quick)
@@ -458,5 +424,4 @@ def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, argum
 
 if __name__ == "__main__":
     for size, sizes in SIZES.items():
-        last = [row[-1].double().numpy().round(5).tolist() for row in with_transformers(sizes)]
-        print(textwrap.indent(textwrap.fill(f"{size!r}: {last},", 92), "    "))
+        print(size, [row[-1, :4].tolist() for row in with_transformers(sizes)])

@@ -57,7 +57,6 @@ def mixing(graph):
 
 # --- Layer, equations 1 and 7
 
-
 @pytest.mark.parametrize("gate,coordinator,edges", [*product(GATES, COORDINATORS, EDGES)])
 def test_the_output_is_bit_equal_before_the_first_step(gate, coordinator, edges):
     config = Config(rank=2, gate=gate, coordinator=coordinator, edges=edges)
@@ -210,7 +209,6 @@ def test_one_draw_per_sample_and_direction_not_per_token():
 
 # --- Forward passes: checkpointed, repeated, of parts, transformed, compiled
 
-
 class Checkpointed(Chain):
     def forward(self, x):
         for block in self.blocks:
@@ -356,7 +354,6 @@ def test_a_compiled_model_trains_as_the_eager_one_and_recompiles_once(backend, e
 
 # --- Gates, equations 3 and 9
 
-
 def gaussian(mu, sigma, **kind):
     return {"mu": torch.tensor(mu, **kind or DOUBLE).requires_grad_(),
             "log_sigma": torch.tensor(sigma, **kind or DOUBLE).log().requires_grad_()}
@@ -414,7 +411,6 @@ def test_concrete_draws_exceed_one_half_with_probability_pi_and_become_bernoulli
 
 
 # --- Coordinator, equations 5 and 6
-
 
 def graph_of(layers, **config):
     """The graph of a Fan of `layers` with adapters, at its initial values, and the adapters."""
@@ -493,7 +489,6 @@ def test_kinds_and_shapes_do_not_mix():
 
 
 # --- Probes and similarity edges
-
 
 def with_gradients(adapters, wanted):
     """A backward pass in which layer l of a Fan gets the gradient wanted[l] [7, 6]."""
@@ -576,7 +571,6 @@ def test_a_skipped_step_of_a_grad_scaler_moves_no_edge():
 
 
 # --- Penalty and budget, equations 4 and 8
-
 
 def rate_by_hand(adapters):
     """The sum of 1/2 log(1 + mu^2 / sigma^2) over the directions that there are."""
@@ -661,7 +655,6 @@ def test_a_removed_direction_never_returns_and_edges_stay_then():
 
 
 # --- Diagnostics
-
 
 @pytest.mark.parametrize("gate,coordinator", [*product(GATES, COORDINATORS)])
 def test_diagnostics_equal_dense_computations(gate, coordinator):

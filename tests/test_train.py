@@ -58,7 +58,6 @@ def assert_same(a, b):
 
 # --- pieces
 
-
 def test_learning_rate_warms_up_over_six_percent_and_falls_as_a_cosine_to_zero():
     factors = [warmup_cosine(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 60) and factors[59] == 1.0 == max(factors)
@@ -90,7 +89,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 # --- resume
-
 
 @pytest.mark.parametrize("more", ((), ("--gate", "concrete", "--dropout", "0.1"), ("--budget", "2"),
                                   ("--method", "lora"), ("--edges", "all", "--accumulate", "2")))
@@ -157,7 +155,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(cli, vit, tmp_p
 
     def poisoned(*args, **options):
         calls.append(options)
-        return real(*args, **options) * (float("nan") if sum("augment" in c for c in calls) == 7 else 1)
+        seventh = sum("augment" in call for call in calls) == 7
+        return real(*args, **options) * (float("nan") if seventh else 1)
     monkeypatch.setattr(train_vit, "prepare", poisoned)
     status, _, err = cli(train_vit, *vit, "--out", "run")
     assert status == 2 and "step 7: lower --lr" in err and err.count("\n") == 1
@@ -166,7 +165,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(cli, vit, tmp_p
 
 
 # --- the command line
-
 
 def test_train_score_merge_and_export(cli, vit, tmp_path):
     status, out, err = cli(train_vit, *vit, "--steps", "60", "--merge", "--out", "run")
@@ -207,7 +205,8 @@ def test_bad_options_are_one_line_before_anything_is_pretrained_or_written(
 
 
 def test_blanks_between_targets_are_stripped(cli, vit, tmp_path):
-    assert cli(train_vit, *vit, "--steps", "1", "--targets", "q_proj, v_proj ", "--out", "a")[0] == 0
+    options = ("--steps", "1", "--targets", "q_proj, v_proj ", "--out", "a")
+    assert cli(train_vit, *vit, *options)[0] == 0
     assert "blocks.2.attn.v_proj.A" in left_by(tmp_path / "a")[1]
 
 
@@ -232,7 +231,6 @@ def test_the_ten_lines_of_the_readme_run():
 
 # --- several processes
 
-
 def llama_options(tmp_path, name, size):
     """Options of train_llama.py for records whose answers differ in length."""
     if not (tmp_path / "llama.pt").exists():
@@ -240,11 +238,12 @@ def llama_options(tmp_path, name, size):
         config = train_llama.LlamaConfig(258, 32, 4, 2, 2, 16, 48)
         structlora.write(tmp_path / "llama.pt", {"llama": vars(config), "model":
                                                  train_llama.Llama(config).state_dict()})
-        records = [{"instruction": "Say " + "on and " * (n % 5) + str(n), "output": "o" * (1 + n % 7)}
-                   for n in range(60)]
+        records = [{"instruction": "Say " + "on and " * (n % 5) + str(n),
+                    "output": "o" * (1 + n % 7)} for n in range(60)]
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    return ("--checkpoint", "llama.pt", "--data", "a.jsonl", "--gate", "none", "--steps", "14", "--lr",
-            "0.01", "--device", "cpu", "--batch-size", str(size), "--save-every", "5", "--out", name)
+    return ("--checkpoint", "llama.pt", "--data", "a.jsonl", "--gate", "none", "--steps", "14",
+            "--lr", "0.01", "--device", "cpu", "--batch-size", str(size), "--save-every", "5",
+            "--out", name)
 
 
 def start(tmp_path, name, size, processes, **more):

@@ -46,7 +46,6 @@ def weights(config):
 
 # --- the three layouts, written here a second time, by hand
 
-
 def as_timm(state):
     timm = {}
     for name, tensor in state.items():
@@ -154,7 +153,6 @@ def oracle(config):
 
 # --- parity
 
-
 @pytest.mark.parametrize("family", ("google", "timm", "huggingface"))
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_equal_those_of_transformers(size, family, tmp_path):
@@ -217,7 +215,6 @@ def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_pat
 
 # --- heads and positions
 
-
 def test_a_new_head_is_zero_and_said_and_everything_else_the_same(tmp_path, capsys):
     path = write("timm", tmp_path, SIZES["small"])
     old = load_vit(path, num_classes=5, num_heads=4)
@@ -275,7 +272,6 @@ def test_what_save_vit_writes_reads_back_bit_equal(tmp_path):
 
 # --- bad checkpoints (test_bad_input.py damages good ones at random)
 
-
 @pytest.mark.parametrize("change, word", (
     ({"blocks.1.norm2.bias": None}, "blocks.1.norm2.bias"),
     ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma"),
@@ -314,7 +310,6 @@ def test_other_files_are_refused_with_what_to_do(tmp_path):
 
 
 # --- data
-
 
 def write_cifar(folder, hundred=False, rows=20):
     folder.mkdir(exist_ok=True)
@@ -389,7 +384,8 @@ def test_pictures_of_16_bits_turned_or_transparent_are_read_as_they_look(tmp_pat
 def test_bad_data_is_refused_by_name(tmp_path):
     folder = write_cifar(tmp_path / "ten")
     data = (folder / "test_batch.bin").read_bytes()
-    for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"), (b"", "missing")):
+    for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"),
+                          (b"", "missing")):
         (folder / "test_batch.bin").write_bytes(content)
         with pytest.raises(ValueError, match=f"test_batch.bin.*{word}"):
             read_images(folder)
