@@ -37,7 +37,7 @@ from structlora import StructLoRA, attach, load_torch, make_config, reading
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLaVA's own.
-RATES = {"lora": 2e-2, "matched": 5e-3, "structlora": 2e-2, "all": 2e-2, "checkpoint": 2e-4}
+RATES = {"lora": 2e-2, "matched": 5e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-4}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -146,6 +146,8 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
             vision = read_tower(path / "config.json", Path(vision_directory), parts)
         else:
             raise ValueError("name CLIP's folder with --vision-checkpoint")
+        if max(config.num_layers, vision.depth) > len(parts):    # else they would all be built
+            raise ValueError(f"{config.num_layers} and {vision.depth} layers: not in the files")
         with torch.device("meta"):
             model = Llava(config, vision)
         return llama.assemble(model, parts, dtype, device)
@@ -169,9 +171,8 @@ def read_tower(path: Path, folder: Path, parts: dict[str, llama.Part]) -> vit.Vi
     t = vit.ours({key: tensor for key, tensor in tensors.items() if "vision_model." in key
                   and not key.endswith("position_ids") and "post_layernorm" not in key}, CLIP)
     t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
-    unused = tuple(f"blocks.{i}." for i in range(used, depth))
     parts |= {f"model.vision_tower.{name}": [tensor] for name, tensor in t.items()
-              if not name.startswith(unused)}
+              if not name.startswith("blocks.") or int(name.split(".")[1]) < used}
     return vit.ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], used,
                          v["num_attention_heads"], v["intermediate_size"],
                          eps=v.get("layer_norm_eps", 1e-5), mean=CLIP_MEAN, std=CLIP_STD)
@@ -183,7 +184,7 @@ def read_tower(path: Path, folder: Path, parts: dict[str, llama.Part]) -> vit.Vi
 # picture opens the first question as "<image>\n". references: right answers to it. kind: "question"
 # (scored by VQA accuracy) or "caption" (by CIDEr).
 Example = namedtuple("Example", "image turns references kind")
-# Token ids, which of them are answers, len(tokens) less their number, and the picture.
+# Token ids, which of them are answers, len(tokens) less their number (for N), and the picture.
 Row = namedtuple("Row", "tokens answers start image")
 MAX_LENGTH, NEW_TOKENS = 2048, 32    # tokens of a conversation (it loses its end), of an answer
 # Vicuna v1's template, and what LLaVA-1.5 asks for short answers and for captions.
@@ -197,8 +198,7 @@ def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list,
     """(training, test) examples of a .json file or of those in a folder, where *val*, *test*, *dev*
     and *valid* are for testing; without these the conversations on every tenth picture are. Raises
     ValueError that names the file and the record, or the first missing picture."""
-    path, tests = Path(path), []
-    files = [path]
+    path, files, tests = Path(path), [Path(path)], []
     if path.is_dir():                # by whole words: latest_train2014.json is no test
         files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() == ".json")
         words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}

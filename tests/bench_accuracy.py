@@ -15,12 +15,11 @@ ViT pretrained on drawn pictures, adapted to their inverted colours; nats and ac
 demo of train_llava.py, questions on drawn scenes; nats an answer token and VQA accuracy.
 
 A seed draws the labelled examples, the initial factors, the random signs and the order of the
-batches, the same for every method, so that differences pair. All seeds and learning rates of a
-method run as one batch: torch.vmap over functional_call of the adapted model. Rates are factors of
-two; while the best of them (mean loss over the seeds) lies at an edge, the next one is run too. The
-rate that counts for one half of the seeds is chosen on the other half. Intervals are 95% of the
-paired difference to LoRA (Student's t); p is Holm's over the table. Every run is a line of
-SIZE.jsonl; what is there is not run again.
+batches, the same for every method, so that differences pair. All seeds and rates of a method run as
+one batch (torch.vmap). Rates are factors of two; while the best (mean loss over the seeds) lies at
+an edge, the next one is run too; for one half of the seeds it is chosen on the other half.
+Intervals are 95% of the paired difference to LoRA (Student's t); p is Holm's over the table. Every
+run is a line of SIZE.jsonl; what is there is not run again.
 """
 
 import argparse
@@ -32,6 +31,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ import structlora
 import train_llama
 import train_llava
 import train_vit
-from structlora import Config, StructLoRA, attach
+from structlora import Config, attach
 from train_vit import warmup_cosine
 
 FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
@@ -62,29 +62,28 @@ METHODS = {
     "all, no gate, uniform": (1, {"gate": "none", "edges": "all", "coordinator": "uniform"}),
     "all, |M| = 1/sqrt(L-1)": (1, {"edges": "all"}), "hybrid, budget r": (1, {}),
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
-MAIN = ("LoRA", "LoRA 4r", "hybrid", "all", "gate only")
+MAIN, OTHERS = tuple(METHODS)[:5], tuple(METHODS)[-3:]
 
 # pretrain: (steps, examples in a step); batch: examples in a step; cells: (backbone, examples,
-# rank). Methods that are not in MAIN are run in the first cell; `more` are the last to be run.
+# rank). Methods that are not in MAIN are run in the first cell, after the first nine cells.
+STEPS = 100
 TEXT = dict(width=128, layers=6, length=64, pretrain=(1500, 32), batch=8)
 SIZES = {
-    "quick": dict(seeds=4, rates=2, methods=MAIN[:4], text=TEXT | {"pretrain": (600, 32)},
-                  cells=[("text", 512, 1)], more=[]),
-    "default": dict(seeds=8, rates=3, methods=MAIN, text=TEXT, more=[],
+    "quick": dict(seeds=4, rates=2, text=TEXT | {"pretrain": (600, 32)}, cells=[("text", 512, 1)]),
+    "default": dict(seeds=8, rates=3, text=TEXT,
                     vision=dict(width=96, layers=6, pretrain=(800, 32), batch=32),
                     llava=dict(seeds=4, pretrain=(600, 32), batch=16),
                     cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1),
                            ("vision", 20, 1), ("text", 512, 4), ("text", 64, 4),
                            ("vision", 100, 4), ("vision", 20, 4), ("llava", 200, 2)]),
-    "gpu": dict(seeds=8, rates=4, methods=MAIN,
+    "gpu": dict(seeds=8, rates=4,
                 text=dict(width=512, layers=8, length=128, pretrain=(1500, 128), batch=16),
                 deep=dict(width=256, layers=16, length=128, pretrain=(1000, 128), batch=16),
                 vision=dict(width=384, layers=8, pretrain=(600, 128), batch=32),
                 cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1), ("text", 512, 4),
-                       ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1)],
-                more=[("vision", 100, 4), ("vision", 20, 4), ("text", 512, 16), ("text", 64, 16),
-                      ("vision", 100, 16), ("vision", 20, 16)])}
-STEPS = 100
+                       ("text", 64, 4), ("vision", 20, 1), ("deep", 512, 1), ("vision", 100, 4),
+                       ("vision", 20, 4), ("text", 512, 16), ("text", 64, 16),
+                       ("vision", 100, 16), ("vision", 20, 16)])}
 
 
 # --- Backbones and data: (x, y) with x bytes [N, T] and y the next ones, or images and labels [N]
@@ -128,22 +127,9 @@ def vision_task(sizes: dict, args) -> tuple:
                                      for images, labels in (source, pool, test)))
 
 
-class Answers(nn.Module):
-    """A LLaVA's language model; embeddings [N, T, D] -> logits [N, 3, V] of the answer, which is
-    always three tokens: colour, shape, </s>."""
-
-    def __init__(self, llava: nn.Module):
-        super().__init__()
-        self.llava = llava
-        del llava.model.vision_tower, llava.model.mm_projector
-
-    def forward(self, x):
-        return self.llava(embeddings=x)[:, -4:-1]
-
-
 def llava_task(sizes: dict, args) -> tuple:
-    """(Answers, nothing, scenes to adapt to, scenes to test). What is frozen below the language
-    model is computed here once: where pictures stand among the words is nothing for vmap."""
+    """(LLaVA, nothing, scenes to adapt to, scenes to test): embeddings [N, T, D] of the words and
+    pictures, whose places vmap could not follow, and answers [N, 3]: colour, shape, </s>."""
     options = argparse.Namespace(out=Path(args.out, "llava"), seed=0, device=args.device)
     path = train_llava.pretrained(options, 2 if args.dry else sizes["pretrain"][0])
     model, data = train_llava.load_llava(path, dtype=torch.float32, device=args.device), []
@@ -153,7 +139,8 @@ def llava_task(sizes: dict, args) -> tuple:
         images, tokens, _ = train_llava.collate(rows, args.device, model.vision)
         with torch.no_grad():
             data.append((model.splice(images, tokens)[0], tokens[:, -3:]))
-    return Answers(model), None, *data
+    del model.model.vision_tower, model.model.mm_projector
+    return model, None, *data
 
 
 class Task:
@@ -177,11 +164,11 @@ class Task:
 
     def pretrain(self, source: tuple, steps: int) -> None:
         """Trains all weights on source."""
+        generator, (x, y) = torch.Generator().manual_seed(0), source
         torch.manual_seed(0)
         for parameter in self.model.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        generator, (x, y) = torch.Generator().manual_seed(0), source
 
         def loss(step: int) -> torch.Tensor:
             i = torch.randint(len(y), self.sizes["pretrain"][1:], generator=generator)
@@ -196,90 +183,85 @@ class Task:
         """The examples that a seed draws: windows, pictures of each class, or scenes."""
         if self.kind in ("text", "deep"):
             return windows(self.pool, count, self.sizes["length"], seed)
-        classes = self.pool[1] if self.kind == "vision" else torch.zeros(len(self.pool[1]))
+        classes = self.pool[1].view(len(self.pool[1]), -1)[:, -1]        # </s> is one class
         return train_vit.take(self.pool, train_vit.choose(classes, count, None, seed))
 
 
-# --- Other people's methods, with the ways of StructLoRA's handle
-
-class Other(nn.Linear):
-    """A frozen layer with the update of DoRA, AdaLoRA or SHiRA; s = 2."""
-
-    def __init__(self, linear: nn.Linear, kind: str, rank: int):
-        d, k = linear.weight.shape
-        super().__init__(k, d, linear.bias is not None, device="meta")
-        r = math.ceil(1.5 * rank) if kind == "AdaLoRA" else rank         # it prunes from 1.5 r to r
-        self.A = nn.Parameter(torch.empty(r, k).uniform_(-1, 1) / k**0.5)
-        self.B = nn.Parameter(torch.zeros(d, r))
-        self.norm = nn.Parameter(linear.weight.detach().float().cpu().norm(dim=1))       # DoRA's
-        if kind == "AdaLoRA":                # P diag(lambda) Q, with lambda = 0 at the start
-            nn.init.normal_(self.B, std=0.02)
-            self.norm = nn.Parameter(torch.zeros(r))
-        if kind == "SHiRA":                  # as many weights as LoRA trains, at random places
-            self.register_buffer("places", torch.randperm(d * k)[:r * (d + k)])
-            self.A, self.B, self.norm = nn.Parameter(torch.zeros(r * (d + k))), None, None
-        self.weight, self.bias, self.kind = linear.weight, linear.bias, kind
-        self.to(linear.weight.device)
-
-    def forward(self, x):
-        if self.kind == "SHiRA":             # Bhardwaj et al. 2024
-            delta = self.A.new_zeros(self.weight.numel()).index_put((self.places,), self.A)
-            delta = delta.view_as(self.weight)                           # [d, k]
-        else:                                # AdaLoRA: Zhang et al. 2023
-            B = self.B * self.norm if self.kind == "AdaLoRA" else self.B
-            delta = 2 * B @ self.A
-        y = F.linear(x, self.weight) + F.linear(x, delta.to(x.dtype))
-        if self.kind == "DoRA":              # Liu et al. 2024: |W + s B A| by rows, detached
-            now = (self.weight.float() + delta.detach()).norm(dim=1)
-            y = y * (self.norm / now).to(x.dtype)
-        return y if self.bias is None else y + self.bias
-
+# --- Other people's methods
 
 class Others:
-    """The handle of a model whose q_proj and v_proj became Other."""
+    """DoRA (Liu et al. 2024), AdaLoRA (Zhang et al. 2023) or SHiRA (Bhardwaj et al. 2024) on q_proj
+    and v_proj, with the ways of StructLoRA's handle. A forward hook adds the update s dW, s = 2."""
 
     def __init__(self, model: nn.Module, kind: str, rank: int):
         self.kind, self.layers, self.memory = kind, [], {}
-        for name, module in [*model.requires_grad_(False).named_modules()]:
+        r = math.ceil(1.5 * rank) if kind == "AdaLoRA" else rank         # it prunes from 1.5 r to r
+        for name, layer in model.requires_grad_(False).named_modules():
             if name.endswith(Config.targets):
-                self.layers.append(Other(module, kind, rank))
-                model.set_submodule(name, self.layers[-1])
+                (d, k), W = layer.weight.shape, layer.weight.detach().float().cpu()
+                new = {"A": torch.empty(r, k).uniform_(-1, 1) / k**0.5, "B": torch.zeros(d, r)}
+                if kind == "DoRA":
+                    new["norm"] = W.norm(dim=1)
+                elif kind == "AdaLoRA":      # P diag(lambda) Q, with lambda = 0 at the start
+                    new |= {"B": 0.02 * torch.randn(d, r), "norm": torch.zeros(r)}
+                else:                        # as many weights as LoRA trains, at random places
+                    places = torch.randperm(d * k)[:r * (d + k)].to(layer.weight.device)
+                    layer.register_buffer("places", places)
+                    new = {"A": torch.zeros(r * (d + k))}
+                for key, value in new.items():
+                    layer.register_parameter(key, nn.Parameter(value.to(layer.weight.device)))
+                layer.register_forward_hook(self.update)
+                self.layers.append(layer)
+
+    def update(self, layer: nn.Linear, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
+        """The layer's output with dW."""
+        W, A, x = layer.weight, layer.A, inputs[0]                       # W, delta [d, k]
+        if self.kind == "SHiRA":
+            delta = A.new_zeros(W.numel()).index_put((layer.places,), A).view_as(W)
+        else:
+            delta = 2 * (layer.B * layer.norm if self.kind == "AdaLoRA" else layer.B) @ A
+        y = y + F.linear(x, delta.to(x.dtype))
+        if self.kind == "DoRA":              # by rows of W + delta, without a gradient
+            share = layer.norm / (W.float() + delta.detach()).norm(dim=1)
+            bias = 0 if layer.bias is None else layer.bias
+            y = (y - bias) * share.to(x.dtype) + bias
+        return y
 
     def param_groups(self, lr: float) -> list[dict]:
-        trained = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-        return [{"params": trained, "lr": lr}]
+        new = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        return [{"params": new, "lr": lr}]
+
+    def observe_gradients(self) -> None:
+        pass
 
     def penalty(self, count: int) -> torch.Tensor:
         """AdaLoRA's 0.1 |P^T P - I|^2 + 0.1 |Q Q^T - I|^2 over its layers."""
         total = torch.zeros((), device=self.layers[0].A.device)
         for layer in self.layers if self.kind == "AdaLoRA" else ():
-            one = torch.eye(len(layer.A), device=total.device)
-            total = total + 0.1 * (layer.B.T @ layer.B - one).square().sum()
-            total = total + 0.1 * (layer.A @ layer.A.T - one).square().sum()
+            for product in (layer.B.T @ layer.B, layer.A @ layer.A.T):
+                one = torch.eye(len(product), device=total.device)
+                total = total + 0.1 * (product - one).square().sum()
         return total
-
-    def observe_gradients(self) -> None:
-        pass
 
     @torch.no_grad()
     def prune(self, progress: float) -> None:
         """AdaLoRA keeps the directions of largest smoothed sensitivity |w dL/dw| times uncertainty,
         from 1.5 r to r a layer on a cubic schedule between 10% and 70% of training."""
-        scores = []                                                      # [L, r']
-        for layer in self.layers if self.kind == "AdaLoRA" else ():
+        if self.kind != "AdaLoRA":
+            return
+        scores, left = [], (1 - min(1.0, max(0.0, (progress - 0.1) / 0.6))) ** 3
+        for layer in self.layers:
             for p in (layer.A, layer.B, layer.norm):
                 now, (mean, spread) = (p * p.grad).abs(), self.memory.get(p, (0.0, 0.0))
                 mean = 0.85 * mean + 0.15 * now
                 self.memory[p] = mean, 0.85 * spread + 0.15 * (now - mean).abs()
             A, B, norm = (torch.mul(*self.memory[p]) for p in (layer.A, layer.B, layer.norm))
             scores.append(norm + A.mean(1) + B.mean(0))
-        if scores:
-            left = (1 - min(1.0, max(0.0, (progress - 0.1) / 0.6))) ** 3
-            scores = torch.cat(scores)
-            best = scores.topk(round(len(scores) * (1 + 0.5 * left) / 1.5)).indices
-            kept = torch.zeros_like(scores).scatter(0, best, 1.0).chunk(len(self.layers))
-            for layer, mask in zip(self.layers, kept):
-                layer.norm *= mask
+        scores = torch.cat(scores)                                       # [L r']
+        best = scores.topk(round(len(scores) * (1 + 0.5 * left) / 1.5)).indices
+        kept = torch.zeros_like(scores).scatter(0, best, 1.0).chunk(len(self.layers))
+        for layer, mask in zip(self.layers, kept):
+            layer.norm *= mask
 
 
 # --- Experiments, E of them at once
@@ -296,7 +278,7 @@ class Experiment(nn.Module):
         factor, changes = METHODS[method]
         rank, budget = factor * rank, factor * rank if "budget" in method else None
         torch.manual_seed(seed)
-        if method in ("DoRA", "AdaLoRA", "SHiRA"):
+        if method in OTHERS:
             self.adapters = Others(self.model, method, rank)
         else:
             config = Config(rank=rank, alpha=2.0 * rank, budget=budget, **changes)
@@ -315,28 +297,17 @@ class Experiment(nn.Module):
         """(mean loss, with what the method adds to it in training; accuracy)."""
         if x.is_floating_point():
             x = x.to(next(self.model.parameters()).dtype)
-        logits = self.model(x).float()                           # [N, V] or [N, T, V]
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten())
+        scenes = self.task.kind == "llava"   # each place tells of the next token
+        logits = self.model(embeddings=x)[:, -4:-1] if scenes else self.model(x)
+        loss = F.cross_entropy(logits.float().flatten(0, -2), y.flatten())
         if self.training:
             loss = loss + self.adapters.penalty(self.y.numel())              # Eq. 4
         right = logits.argmax(-1) == y
-        if self.task.kind == "llava":        # VQA accuracy: all three tokens of the answer
-            right = right.all(1)
-        return loss, right.float().mean()
-
-    def step(self, gradients: dict, e: int, progress: float) -> None:
-        """One optimizer step, in the order of the scripts' loops."""
-        for name, gradient in gradients.items():
-            self.trained[name].grad = gradient[e].contiguous()   # as the fused AdamW takes them
-        self.adapters.observe_gradients()
-        nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.adapters.prune(progress)
+        return loss, (right.all(1) if scenes else right).float().mean()  # VQA accuracy: all three
 
 
 def together(experiments: list[Experiment], x, y) -> tuple:
-    """forward() of all of them by torch.vmap, x and y [E, N, ...]; in training (gradients, that)."""
+    """forward() of all by torch.vmap, x and y [E, N, ...]; in training (gradients, forward())."""
     first, trained, fixed = experiments[0], {}, {}
     for name in [n for n, p in first.trained.items() if p.requires_grad]:    # probes come to rest
         trained[name] = torch.stack([e.trained[name].detach() for e in experiments])
@@ -352,19 +323,26 @@ def together(experiments: list[Experiment], x, y) -> tuple:
 
 
 def train(experiments: list[Experiment], steps: int) -> float:
-    """Milliseconds of a step and experiment, once the edges have settled."""
+    """The scripts' loop -> milliseconds of a step and experiment, once the edges have settled."""
     task, settled = experiments[0].task, min(20, steps - 1)
     experiments[0].train()
     for step in range(steps):
         if step == settled:
             began = time.perf_counter()
-        batch = [train_vit.batch_indices(len(e.y), task.sizes["batch"], step, e.seed)
-                 for e in experiments]
-        x = torch.stack([e.x[i] for e, i in zip(experiments, batch)]).to(task.device)
-        y = torch.stack([e.y[i] for e, i in zip(experiments, batch)]).to(task.device)
+        x, y = [], []
+        for e in experiments:
+            i = train_vit.batch_indices(len(e.y), task.sizes["batch"], step, e.seed)
+            x, y = [*x, e.x[i]], [*y, e.y[i]]
+        x, y = torch.stack(x).to(task.device), torch.stack(y).to(task.device)
         gradients, _ = together(experiments, x, y)
-        for number, experiment in enumerate(experiments):
-            experiment.step(gradients, number, (step + 1) / steps)
+        for number, e in enumerate(experiments):
+            for name, gradient in gradients.items():             # the fused AdamW wants them so
+                e.trained[name].grad = gradient[number].contiguous()
+            e.adapters.observe_gradients()
+            nn.utils.clip_grad_norm_(e.trained.values(), 1.0)
+            e.optimizer.step()
+            e.schedule.step()
+            e.adapters.prune((step + 1) / steps)
     if task.device != "cpu":
         torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - began) / (steps - settled) / len(experiments)
@@ -374,12 +352,11 @@ def train(experiments: list[Experiment], steps: int) -> float:
 def test(experiments: list[Experiment]) -> torch.Tensor:
     """[E, 2] mean loss and accuracy on the test examples."""
     experiments[0].eval()
-    (x, y), device = experiments[0].task.test, experiments[0].task.device
-    total = torch.zeros(len(experiments), 2, device=device)
-    for parts in zip(x.split(32), y.split(32)):
-        parts = [part.to(device).expand(len(total), *part.shape) for part in parts]
-        total += torch.stack(together(experiments, *parts), 1) * parts[1].shape[1]
-    return total.double() / len(y)
+    task, total = experiments[0].task, 0.0
+    for x, y in zip(*(part.to(task.device).split(32) for part in task.test)):
+        x, y = (part.expand(len(experiments), *part.shape) for part in (x, y))
+        total = total + torch.stack(together(experiments, x, y), 1).double() * y.shape[1]
+    return total / len(task.test[1])
 
 
 def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: list,
@@ -389,11 +366,10 @@ def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: l
                    for seed in seeds for rate in rates]
     ms, merged, cosine = train(experiments, steps), [], None
     scores = test(experiments).view(len(seeds), len(rates), 2).round(decimals=5).tolist()
-    for experiment in experiments[:len(rates)]:                  # of the first seed
-        if isinstance(experiment.adapters, StructLoRA):
-            told = experiment.adapters.diagnostics()
-            merged.append(sum(told["kept"].values()) / len(told["kept"]))
-            cosine = next(iter(told["cosine_matrix"].values())).double().round(decimals=2).tolist()
+    for e in experiments[:len(rates)] if method not in OTHERS else ():   # of the first seed
+        told = e.adapters.diagnostics()
+        merged.append(sum(told["kept"].values()) / len(told["kept"]))
+        cosine = next(iter(told["cosine_matrix"].values())).double().round(decimals=2).tolist()
     groups = experiments[0].optimizer.param_groups
     trainable = sum(p.numel() for group in groups for p in group["params"])
     return {"rates": rates, "scores": scores, "trainable": trainable, "merged": merged,
@@ -418,39 +394,35 @@ def interval(values: torch.Tensor) -> tuple[float, float, float]:
 
 
 def counted(line: dict) -> tuple[torch.Tensor, int]:
-    """Scores [seeds, 2], each at the rate that the other half of the seeds has chosen, and the
-    place of the first half's rate."""
+    """Scores [seeds, 2], each at the rate that the other half of the seeds has chosen, losses in
+    bits for text; and the place of the first half's rate."""
     scores = torch.tensor(line["scores"])                        # [seeds, rates, 2]
+    if line["cell"][0] in ("text", "deep"):
+        scores[..., 0] /= math.log(2)
     half = len(scores) // 2
     first, second = (int(part[..., 0].mean(0).argmin()) for part in (scores[half:], scores[:half]))
     return torch.cat([scores[:half, first], scores[half:, second]]), first
 
 
-def unit(cell: tuple) -> float:
-    """What a nat is in the table: bits a byte for text."""
-    return 1 / math.log(2) if cell[0] in ("text", "deep") else 1.0
-
-
-def difference(lines: dict, cell: tuple, method: str, other: str) -> tuple[float, float, float]:
-    """interval() of the paired difference in loss between two methods of a cell."""
-    scores, others = (counted(lines[*cell, name])[0] for name in (method, other))
-    return interval((scores - others)[:, 0] * unit(cell))
+def difference(line: dict, other: dict) -> tuple[float, float, float]:
+    """interval() of the paired difference in loss of two methods."""
+    return interval(counted(line)[0][:, 0] - counted(other)[0][:, 0])
 
 
 def table(lines: dict) -> list[dict]:
     """A row for each cell and method; "gain" holds the difference to the cell's LoRA."""
     rows = []
     for (*cell, method), line in lines.items():
-        if (*cell, "LoRA") in lines:
+        if lora := lines.get((*cell, "LoRA")):
             scores, picked = counted(line)
-            loss, accuracy = (scores.mean(0) * torch.tensor([unit(cell), 100.0])).tolist()
-            parameters = line["trainable"] / lines[*cell, "LoRA"]["trainable"]
+            loss, accuracy = scores.mean(0).tolist()
             rows.append({"cell": "{} {} r{}".format(*cell), "method": method,
-                         "seeds": str(len(scores)), "parameters": f"{parameters:.2f}",
+                         "seeds": str(len(scores)), "loss": f"{loss:.4f}", "to LoRA (95%)": "",
+                         "p (Holm)": "", "accuracy": f"{100 * accuracy:.1f}",
+                         "parameters": f"{line['trainable'] / lora['trainable']:.2f}",
                          "merged rank": f"{line['merged'][picked]:.1f}" if line["merged"] else "-",
-                         "loss": f"{loss:.4f}", "accuracy": f"{accuracy:.1f}",
                          "rate": f"{line['rates'][picked]:.0e}", "ms/step": f"{line['ms']:.2f}",
-                         "gain": difference(lines, cell, method, "LoRA")})
+                         "gain": difference(line, lora)})
     compared = sorted((r for r in rows if r["method"] != "LoRA"), key=lambda r: r["gain"][2])
     worst = 0.0
     for number, row in enumerate(compared):                      # Holm 1979
@@ -463,16 +435,15 @@ def table(lines: dict) -> list[dict]:
 def show(lines: dict, name: str, folder: Path) -> None:
     """Prints the table, and what "all" differs from "hybrid"; draws the figures."""
     rows = table(lines)
-    columns = ["cell", "method", "seeds", "parameters", "merged rank", "loss", "to LoRA (95%)",
-               "p (Holm)", "accuracy", "rate", "ms/step"]
-    structlora.print_table([{c: row.get(c, "") for c in columns} for row in rows])
+    structlora.print_table([{k: v for k, v in row.items() if k != "gain"} for row in rows])
     for *cell, method in lines:
         if method == "all" and (*cell, "hybrid") in lines:
-            mean, half, p = difference(lines, cell, "all", "hybrid")
+            line = lines[*cell, "all"]
+            mean, half, p = difference(line, lines[*cell, "hybrid"])
             print("{} {} r{}: all to hybrid".format(*cell), f"{mean:+.4f} +- {half:.4f}",
-                  f"({len(lines[*cell, method]['scores'])} seeds, p {p:.3f})")
+                  f"({len(line['scores'])} seeds, p {p:.3f})")
     structlora.write(folder / f"gain-{name}.svg", gain_figure(rows))
-    structlora.write(folder / f"cosine-{name}.svg", cosine_figure(lines, next(iter(lines))[:3]))
+    structlora.write(folder / f"cosine-{name}.svg", cosine_figure(lines))
 
 
 def svg(parts: list[str], height: int) -> str:
@@ -485,36 +456,36 @@ def svg(parts: list[str], height: int) -> str:
 def gain_figure(rows: list[dict]) -> str:
     """What a method gains over LoRA of the same rank (right is better), with 95% intervals, in % of
     what LoRA of four times the rank gains; cells where that gains."""
-    parts, y, zero = ['<text x="180" y="14">LoRA of the same rank: 0</text>'], 34, 240
+    parts, y = ['<text x="180" y="14">LoRA of the same rank: 0</text>'], 34
     gains = {(r["cell"], r["method"]): r["gain"] for r in rows}
     colours = {"hybrid": "#0072B2", "all": "#009E73", "LoRA 4r": "#888888"}
-    for cell in dict.fromkeys(r["cell"] for r in rows):
-        four, half, _ = gains.get((cell, "LoRA 4r"), (0, 0, 0))
+    for cell in [r["cell"] for r in rows if r["method"] == "LoRA 4r"]:
+        four, half, _ = gains[cell, "LoRA 4r"]
         if four + half >= 0:
             continue
         parts.append(f'<text x="10" y="{y + 24}" font-weight="bold">{cell}</text>')
         for method in [m for m in colours if (cell, m) in gains]:
-            share, half = (200 * value / four for value in gains[cell, method][:2])
-            x, w, line = zero + share, abs(half), f'stroke="{colours[method]}" stroke-width="2"'
-            parts += [f'<line x1="{x - w:.0f}" x2="{x + w:.0f}" y1="{y}" y2="{y}" {line}/>',
-                      f'<circle cx="{x:.0f}" cy="{y}" r="4" fill="{colours[method]}"/>',
-                      f'<text x="{x + w + 8:.0f}" y="{y + 4}">{method} {share / 2:.0f}%</text>']
+            x, half = (200 * value / four for value in gains[cell, method][:2])
+            left, right = 240 + x + half, 240 + x - half         # four is negative
+            parts += [f'<line x1="{left:.0f}" x2="{right:.0f}" y1="{y}" y2="{y}" '
+                      f'stroke="{colours[method]}" stroke-width="2"/>'
+                      f'<circle cx="{240 + x:.0f}" cy="{y}" r="4" fill="{colours[method]}"/>'
+                      f'<text x="{right + 8:.0f}" y="{y + 4}">{method} {x / 2:.0f}%</text>']
             y += 20
         y += 14
-    return svg([f'<line x1="{zero}" x2="{zero}" y1="20" y2="{y}" stroke="#bbb"/>', *parts], y + 10)
+    return svg([f'<line x1="240" x2="240" y1="20" y2="{y}" stroke="#bbb"/>', *parts], y + 10)
 
 
-def cosine_figure(lines: dict, cell: tuple) -> str:
-    """Cosine of the updates of each pair of layers: blue 1, white 0, red -1."""
-    parts, left = [], 20
+def cosine_figure(lines: dict) -> str:
+    """Cosine of the updates of each pair of layers, in the first cell: blue 1, white 0, red -1."""
+    parts, left, (*cell, _) = [], 20, next(iter(lines))
     for method in [m for m in ("LoRA", "hybrid", "all") if (*cell, m) in lines]:
-        matrix = lines[*cell, method]["cosine"]
+        matrix = np.array(lines[*cell, method]["cosine"])
         size = 180 / len(matrix)
         parts.append(f'<text x="{left}" y="16">{method}</text>')
-        for number in range(len(matrix) ** 2):
-            i, j = divmod(number, len(matrix))
-            shade = round(255 * (1 - abs(matrix[i][j])))
-            fill = f"rgb({shade},{shade},255)" if matrix[i][j] >= 0 else f"rgb(255,{shade},{shade})"
+        for (i, j), value in np.ndenumerate(matrix):
+            shade = round(255 * (1 - abs(value)))
+            fill = f"rgb({shade},{shade},255)" if value >= 0 else f"rgb(255,{shade},{shade})"
             parts.append(f'<rect x="{left + j * size:.1f}" y="{26 + i * size:.1f}" fill="{fill}" '
                          f'width="{size:.1f}" height="{size:.1f}" stroke="#ddd"/>')
         left += 205
@@ -522,12 +493,6 @@ def cosine_figure(lines: dict, cell: tuple) -> str:
 
 
 # --- Main
-
-def read_lines(path: Path) -> dict:
-    """(backbone, examples, rank, method) -> line."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(*line["cell"], line["method"]): line for line in lines}
-
 
 def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     """A method's line in a cell: the grid of rates, widened while its best lies at an edge."""
@@ -548,32 +513,28 @@ def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     return {"cell": cell, "method": method} | line
 
 
-def options() -> argparse.Namespace:
-    """The command line."""
+def main() -> None:
+    """Runs what is missing, cell by cell, and prints the table."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("quick", "gpu", "dry", "table"):
         p.add_argument(f"--{flag}", action="store_true")
     p.add_argument("--cells", nargs="*", default=["text", "vision", "llava", "deep"])
-    p.add_argument("--text")
-    p.add_argument("--cifar10")
+    p.add_argument("--minutes", type=float, default=1e9, help="no run is started after these")
     p.add_argument("--out", default="out/bench", help="where pretrained backbones are kept")
     p.add_argument("--results", type=Path, default=ROOT / "tests" / "results")
-    p.add_argument("--minutes", type=float, default=1e9, help="no run is started after these")
-    args = p.parse_args()
+    p.add_argument("--text")
+    p.add_argument("--cifar10")
+    args, began, tasks, lines, total = p.parse_args(), time.perf_counter(), {}, {}, 0.0
     args.device = "cuda" if args.gpu and not args.dry else "cpu"
-    return args
-
-
-def main() -> None:
-    """Runs what is missing, cell by cell, and prints the table."""
-    args, began, tasks, total = options(), time.perf_counter(), {}, 0.0
     name = "quick" if args.quick else "gpu" if args.gpu else "default"
     size, path = SIZES[name], args.results / f"{name}.jsonl"
-    lines, others = read_lines(path), [m for m in METHODS if m not in MAIN and not args.quick]
-    work = [(cell, method) for cell in size["cells"] for method in size["methods"]]
-    work += [(size["cells"][0], method) for method in others]
-    work += [(cell, method) for cell in size["more"] for method in size["methods"]]
+    for line in path.read_text().splitlines() if path.exists() else ():
+        line = json.loads(line)
+        lines[*line["cell"], line["method"]] = line
+    first, methods = size["cells"][0], MAIN[:4] if args.quick else MAIN
+    work = [(cell, method) for cell in size["cells"] for method in methods]
+    work[45:45] = [(first, method) for method in METHODS if method not in MAIN and not args.quick]
     for cell, method in [] if args.table else work:
         late = time.perf_counter() - began > 60 * args.minutes
         if (*cell, method) in lines or late or cell[0] not in args.cells:
@@ -585,7 +546,7 @@ def main() -> None:
         print(f"{cell} {method}: {line['ms']:.2f} ms a step and experiment, so far "
               f"{time.perf_counter() - began:.0f} s", flush=True)
         if not args.dry:
-            lines[(*cell, method)] = line
+            lines[*cell, method] = line
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -37,8 +37,9 @@ def trained(task, method, seeds, rates):
     return bench.test(runs)
 
 
-@pytest.mark.parametrize("kind", ("text", "llava"))
-@pytest.mark.parametrize("method", ("LoRA", "hybrid, uniform", "all, no gate, uniform"))
+@pytest.mark.parametrize("kind, method", (
+    ("text", "LoRA"), ("text", "hybrid, uniform"), ("text", "all, no gate, uniform"),
+    ("llava", "hybrid, uniform")))
 def test_experiments_at_once_equal_experiments_alone_and_the_scripts_loop(
         method, kind, task, monkeypatch):
     # Without attention: Adam makes full steps of w_src's gradients, which are rounding at first.
@@ -49,40 +50,32 @@ def test_experiments_at_once_equal_experiments_alone_and_the_scripts_loop(
     alone = trained(task, method, [4], [3e-2])
     assert torch.allclose(at_once[3], alone[0], atol=1e-4)
     assert not torch.allclose(at_once[1, 0], alone[0, 0], atol=1e-3)
-    start = experiments(task, method, [4], [3e-2])[0]            # for the same factors
-    adapters = attach(task.model, Config(rank=2, alpha=4.0, **bench.METHODS[method][1]))
-    task.model.load_state_dict(start.model.state_dict())
-    optimizer = torch.optim.AdamW(adapters.param_groups(3e-2))
+    one = experiments(task, method, [4], [3e-2])[0].train()
+    optimizer = torch.optim.AdamW(one.adapters.param_groups(3e-2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: warmup_cosine(n, STEPS))
-    task.model.train()
     for step in range(STEPS):
         i = batch_indices(16, 4, step, 4)
-        logits = task.model(start.x[i]).flatten(0, 1)
-        torch.nn.functional.cross_entropy(logits, start.y[i].flatten()).backward()
-        adapters.observe_gradients()
-        torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+        one(one.x[i], one.y[i])[0].backward()
+        one.adapters.observe_gradients()
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    with torch.no_grad():
-        logits = task.model.eval()(task.test[0]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, task.test[1].flatten())
-    assert float(loss) == pytest.approx(float(alone[0, 0]), abs=1e-4)
+    loss, _ = one.eval()(*task.test)
+    assert loss.item() == pytest.approx(float(alone[0, 0]), abs=1e-4)
 
 
 def test_scenes_are_scored_as_train_llava_does(tmp_path):
     args = argparse.Namespace(device="cpu", cifar10=None, out=str(tmp_path), dry=False, seed=0)
-    task = bench.Task("llava", {"pretrain": (150, 32), "batch": 4}, args)
+    task = bench.Task("llava", {"pretrain": (60, 32), "batch": 4}, args)
     runs = experiments(task, "LoRA", [4], [3e-2])
     bench.train(runs, STEPS)
-    path = train_llava.pretrained(argparse.Namespace(out=tmp_path / "llava", seed=0), 150)
+    path = train_llava.pretrained(argparse.Namespace(out=tmp_path / "llava", seed=0), 60)
     model = train_llava.load_llava(path, dtype=torch.float32)
     config = Config(rank=2, alpha=4.0, targets=("self_attn.q_proj", "self_attn.v_proj"),
                     **bench.LORA)
     attach(model, config)
-    model.load_state_dict(runs[0].model.llava.state_dict(), strict=False)
-    rows = [train_llava.encode(train_llava.Words(), e)
-            for e in train_llava.draw_examples(300, 2, True)]
+    model.load_state_dict(runs[0].model.state_dict(), strict=False)
     scenes = train_llava.draw_examples(300, 2, True)
     args.batch_size = 150
     theirs = train_llava.evaluate(model, train_llava.Words(), scenes, args)
@@ -95,14 +88,17 @@ def test_every_method_runs_on_text_and_a_line_is_complete(task):
     lines, task = {}, task("text")
     for method in bench.METHODS:
         line = bench.run(task, method, 16, 2, [0, 1, 2, 3], [1e-2, 2e-2], 3)
-        lines["text", 16, 2, method] = json.loads(json.dumps(line))
+        line = json.loads(json.dumps({"cell": ["text", 16, 2]} | line))
+        lines["text", 16, 2, method] = line
         assert torch.tensor(line["scores"]).isfinite().all() and line["trainable"] > 0
     rows = bench.table(lines)
     assert [row["method"] for row in rows] == list(bench.METHODS)
     four = next(row for row in rows if row["method"] == "LoRA 4r")
     assert four["parameters"] == "4.00" and four["merged rank"] == "8.0"
-    ElementTree.fromstring(bench.cosine_figure(lines, ("text", 16, 2)))
-    ElementTree.fromstring(bench.gain_figure(rows))
+    ElementTree.fromstring(bench.cosine_figure(lines))
+    four["gain"] = -1.0, 0.1, 0.0            # as if it gained, so that the cell is drawn
+    figure = bench.gain_figure([row for row in rows if row["method"] != "hybrid"])
+    assert "".join(ElementTree.fromstring(figure).itertext()).count("%") == 2    # all, LoRA 4r
 
 
 def test_intervals_and_p_are_students():
@@ -115,7 +111,8 @@ def test_intervals_and_p_are_students():
 
 def test_the_rate_that_counts_is_chosen_on_the_other_half_of_the_seeds():
     first, second = [[1.0, 0], [5.0, 0]], [[9.0, 0], [2.0, 0]]
-    kept, place = bench.counted({"scores": [first, first, second, second]})
+    line = {"cell": ["vision", 20, 1], "scores": [first, first, second, second]}
+    kept, place = bench.counted(line)
     assert kept[:, 0].tolist() == [5.0, 5.0, 9.0, 9.0] and place == 1
 
 

@@ -308,7 +308,7 @@ def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
     ([chat("a.png", "<image>a", 7)], "a.json: record 1: expected text, found 7"),
     ({"annotations": [{"question_id": 1, "multiple_choice_answer": 2, "answers": []}]}, "found 2"),
     ({"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "a.json: .*KeyError: 5"),
-    ([chat("a.png", "<image>", "")] * 9, "too few"), ({"data": []}, "in 0 training"), (3, "a.json")])
+    ([chat("a.png", "<image>", "")] * 9, "too few"), ({"data": []}, "in 0 train"), (3, "a.json")])
 def test_bad_data_is_named_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_data(put(tmp_path, "a.png", a=content) / "a.json")

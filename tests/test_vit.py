@@ -3,14 +3,16 @@
 The expected logits below were printed by `python tests/test_vit.py`, which needs transformers."""
 
 import json
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import train_vit
-from helpers import DATA, Hostile
+from helpers import DATA
 from train_vit import ViT, ViTConfig, choose, draw, load_vit, prepare, read_images, save_vit
 
 SIZES = {"small": ViTConfig(16, 4, 32, 2, 4, 64, 5),
@@ -18,14 +20,13 @@ SIZES = {"small": ViTConfig(16, 4, 32, 2, 4, 64, 5),
          "deep": ViTConfig(24, 8, 64, 4, 1, 40, 2),
          "wide epsilon": ViTConfig(16, 8, 32, 2, 2, 64, 4, eps=0.1)}
 EXPECTED = {
-    'small': [[3.285653, -0.5405, 0.139855, 1.165184, -1.224773],
-                      [3.203568, -0.622092, -0.083619, 1.24297, -1.155959]],
-    'one block': [[-0.40021, 1.096331, -1.563931],
-                      [-0.405501, 0.880888, -1.755397]],
-    'deep': [[0.75054, -2.604613],
-                      [0.918247, -0.762385]],
-    'wide epsilon': [[2.846409, -1.172914, -1.373858, -1.040013],
-                      [2.415757, -0.725273, -0.426356, 1.192064]]}
+    "small": [[3.285653, -0.5405, 0.139855, 1.165184, -1.224773],
+              [3.203568, -0.622092, -0.083619, 1.24297, -1.155959]],
+    "one block": [[-0.40021, 1.096331, -1.563931], [-0.405501, 0.880888, -1.755397]],
+    "deep": [[0.75054, -2.604613], [0.918247, -0.762385]],
+    "wide epsilon": [[2.846409, -1.172914, -1.373858, -1.040013],
+                     [2.415757, -0.725273, -0.426356, 1.192064]]}
+SMALL, LOGITS = SIZES["small"], torch.tensor(EXPECTED["small"])
 
 
 def images(config):
@@ -44,7 +45,27 @@ def weights(config):
     return state
 
 
-# --- the three layouts, written here a second time, by hand
+# --- the three layouts, written here a second time, by hand: our names and theirs, in this order
+
+GOOGLE = """blocks. Transformer/encoderblock_ norm1.weight LayerNorm_0/scale norm1.bias
+    LayerNorm_0/bias norm2.weight LayerNorm_2/scale norm2.bias LayerNorm_2/bias
+    norm.weight Transformer/encoder_norm/scale norm.bias Transformer/encoder_norm/bias
+    attn. MultiHeadDotProductAttention_1/ q_proj query k_proj key v_proj value o_proj out
+    fc1 MlpBlock_3/Dense_0 fc2 MlpBlock_3/Dense_1 cls_token cls patch_embed embedding
+    pos_embed Transformer/posembed_input/pos_embedding weight kernel . /""".split()
+HUGGINGFACE = """blocks. vit.encoder.layer. norm1 layernorm_before norm2 layernorm_after
+    norm. vit.layernorm. attn.q_proj attention.attention.query attn.k_proj attention.attention.key
+    attn.v_proj attention.attention.value attn.o_proj attention.output.dense fc1 intermediate.dense
+    fc2 output.dense cls_token vit.embeddings.cls_token head classifier
+    pos_embed vit.embeddings.position_embeddings
+    patch_embed vit.embeddings.patch_embeddings.projection""".split()
+
+
+def renamed(name, table):
+    for ours, theirs in zip(table[::2], table[1::2]):
+        name = name.replace(ours, theirs)
+    return name
+
 
 def as_timm(state):
     timm = {}
@@ -59,96 +80,53 @@ def as_timm(state):
 
 
 def as_google(state, heads):
-    google = {}
-    for name, t in state.items():
-        t, D = t.numpy(), state["cls_token"].shape[-1]
-        part, end = name.rsplit(".", 1) if "." in name else (name, "")
-        leaf = {"weight": "kernel", "bias": "bias"}.get(end)
-        norm = {"weight": "scale", "bias": "bias"}.get(end)
-        block = ""
-        if part.startswith("blocks."):
-            _, number, part = part.split(".", 2)
-            block = f"Transformer/encoderblock_{number}/"
-        if name == "cls_token":
-            google["cls"] = t
-        elif name == "pos_embed":
-            google["Transformer/posembed_input/pos_embedding"] = t
-        elif part == "patch_embed":
-            google[f"embedding/{leaf}"] = t.transpose(2, 3, 1, 0) if t.ndim == 4 else t
-        elif part == "norm":
-            google[f"Transformer/encoder_norm/{norm}"] = t
-        elif part in ("norm1", "norm2"):
-            google[f"{block}LayerNorm_{0 if part == 'norm1' else 2}/{norm}"] = t
-        elif part in ("fc1", "fc2"):
-            google[f"{block}MlpBlock_3/Dense_{int(part[2]) - 1}/{leaf}"] = t.T
-        elif part == "head":
-            google[f"head/{leaf}"] = t.T
-        else:
-            which = {"q": "query", "k": "key", "v": "value", "o": "out"}[part.split(".")[1][0]]
-            shape = (heads, D // heads, D) if which == "out" else (D, heads, D // heads)
-            t = t.T.reshape(shape) if t.ndim == 2 else t if which == "out" else t.reshape(heads, -1)
-            google[f"{block}MultiHeadDotProductAttention_1/{which}/{leaf}"] = t
+    google, D = {}, state["cls_token"].shape[-1]
+    for name, tensor in state.items():
+        t = tensor.numpy()
+        if name == "patch_embed.weight":
+            t = t.transpose(2, 3, 1, 0)
+        elif "o_proj.weight" in name:
+            t = t.T.reshape(heads, D // heads, D)
+        elif "_proj.weight" in name:
+            t = t.T.reshape(D, heads, D // heads)
+        elif "_proj.bias" in name and "o_proj" not in name:
+            t = t.reshape(heads, D // heads)
+        elif t.ndim == 2:
+            t = t.T
+        google[renamed(name, GOOGLE)] = t
     return google
 
 
-def as_huggingface(state):
-    table = (("blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
-             ("norm2", "layernorm_after"), ("attn.q_proj", "attention.attention.query"),
-             ("attn.k_proj", "attention.attention.key"),
-             ("attn.v_proj", "attention.attention.value"),
-             ("attn.o_proj", "attention.output.dense"),
-             ("fc1", "intermediate.dense"), ("fc2", "output.dense"),
-             ("cls_token", "embeddings.cls_token"), ("pos_embed", "embeddings.position_embeddings"),
-             ("patch_embed", "embeddings.patch_embeddings.projection"))
-    result = {}
-    for name, tensor in state.items():
-        for ours, theirs in table:
-            name = name.replace(ours, theirs)
-        name = name.replace("norm.", "layernorm.") if name.startswith("norm.") else name
-        name = name.replace("head.", "classifier.")
-        result[name if name.startswith("classifier") else "vit." + name] = tensor
-    return result
-
-
 def write_huggingface(folder, config, **more):
+    """As transformers writes and reads it: oracle() does."""
     folder.mkdir(exist_ok=True)
-    torch.save(as_huggingface(weights(config)), folder / "pytorch_model.bin")
+    state = {renamed(name, HUGGINGFACE): tensor for name, tensor in weights(config).items()}
+    torch.save(state, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(
         {"model_type": "vit", "num_attention_heads": config.heads, "hidden_act": "gelu",
-         "layer_norm_eps": config.eps, **more}))
+         "layer_norm_eps": config.eps, "hidden_size": config.width, "patch_size": config.patch_size,
+         "num_hidden_layers": config.depth, "intermediate_size": config.mlp,
+         "image_size": config.image_size, "id2label": dict.fromkeys(range(config.classes), "a"),
+         **more}))
     return folder
 
 
-def write(family, tmp_path, config):
-    if family == "google":
-        np.savez(tmp_path / "vit.npz", **as_google(weights(config), config.heads))
-        return tmp_path / "vit.npz"
-    if family == "timm":
-        torch.save(as_timm(weights(config)), tmp_path / "vit.pth")
-        return tmp_path / "vit.pth"
-    return write_huggingface(tmp_path / "vit", config)
+def write(family, folder, config):
+    if family == "huggingface":
+        return write_huggingface(folder / "vit", config)
+    np.savez(folder / "vit.npz", **as_google(weights(config), config.heads))
+    torch.save(as_timm(weights(config)), folder / "vit.pth")
+    return folder / ("vit.npz" if family == "google" else "vit.pth")
 
 
-def oracle(config):
-    """Logits of transformers' ViTForImageClassification with the same weights."""
+def oracle(config, tmp_path):
+    """Logits of transformers' ViTForImageClassification, which reads our folder."""
     import transformers
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(
-        hidden_size=config.width, num_hidden_layers=config.depth, num_labels=config.classes,
-        num_attention_heads=config.heads, intermediate_size=config.mlp, layer_norm_eps=config.eps,
-        image_size=config.image_size, patch_size=config.patch_size)).eval()
-    state, renamed = {}, "vit.layers.0.layernorm_before.bias" in model.state_dict()
-    for key, value in as_huggingface(weights(config)).items():
-        if renamed:                                              # by transformers 5
-            for old, new in (("encoder.layer", "layers"), ("attention.attention.query",
-                             "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
-                             ("attention.attention.value", "attention.v_proj"),
-                             ("attention.output.dense", "attention.o_proj"),
-                             ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2")):
-                key = key.replace(old, new)
-        state[key] = value
-    model.load_state_dict(state)
+    model, read = transformers.ViTForImageClassification.from_pretrained(
+        write_huggingface(tmp_path / "vit", config), output_loading_info=True)
+    assert not any(read.values()), read              # no key is missing or left over
     with torch.no_grad():
-        return model(images(config)).logits
+        return model.eval()(images(config)).logits
 
 
 # --- parity
@@ -167,48 +145,39 @@ def test_logits_equal_those_of_transformers(size, family, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_committed_logits_are_still_those_of_the_oracle(size):
+def test_committed_logits_are_still_those_of_the_oracle(size, tmp_path):
     pytest.importorskip("transformers")
-    assert torch.allclose(oracle(SIZES[size]), torch.tensor(EXPECTED[size]), atol=1e-5)
-
-
-def test_logits_depend_on_the_number_of_heads(tmp_path):
-    path = write("timm", tmp_path, SIZES["small"])
-    wrong = load_vit(path, num_heads=2)(images(SIZES["small"]))
-    assert not torch.allclose(wrong, torch.tensor(EXPECTED["small"]), atol=1e-2)
+    assert torch.allclose(oracle(SIZES[size], tmp_path), torch.tensor(EXPECTED[size]), atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ("module.", "_orig_mod."))
 def test_prefixes_of_wrapped_models_are_stripped(prefix, tmp_path):
-    state = {prefix + key: value for key, value in as_timm(weights(SIZES["small"])).items()}
+    state = {prefix + key: value for key, value in as_timm(weights(SMALL)).items()}
     torch.save({"state_dict": state}, tmp_path / "vit.pth")
     model = load_vit(tmp_path / "vit.pth", num_heads=4)
-    assert torch.allclose(model(images(SIZES["small"])), torch.tensor(EXPECTED["small"]), atol=1e-4)
+    assert torch.allclose(model(images(SMALL)), LOGITS, atol=1e-4)
 
 
 def test_normalisation_is_the_one_of_the_family(tmp_path):
-    config = SIZES["small"]
-    assert load_vit(write("google", tmp_path, config)).config.mean == (0.5, 0.5, 0.5)
-    assert load_vit(write("timm", tmp_path, config)).config.mean == (0.5, 0.5, 0.5)
-    torch.save({"model": as_timm(weights(config))}, tmp_path / "deit.pth")
-    deit = load_vit(tmp_path / "deit.pth").config
-    assert deit.mean == (0.485, 0.456, 0.406) and deit.std == (0.229, 0.224, 0.225)
-    folder = write("huggingface", tmp_path, config)
+    torch.save({"model": as_timm(weights(SMALL))}, tmp_path / "deit.pth")
+    folder = write("huggingface", tmp_path, SMALL)
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
-    assert load_vit(folder / "pytorch_model.bin").config.mean == (0.1, 0.2, 0.3)
-    x = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
-    expected = (1 - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor([0.4, 0.5, 0.6])
-    assert torch.allclose(prepare(x, load_vit(folder).config)[0, :, 3, 3], expected)
+    for path, mean, std in (
+            (write("google", tmp_path, SMALL), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            (write("timm", tmp_path, SMALL), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            (tmp_path / "deit.pth", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            (folder / "pytorch_model.bin", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))):
+        white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+        wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
+        assert torch.allclose(prepare(white, load_vit(path).config)[0, :, 3, 3], wanted)
 
 
 @pytest.mark.parametrize("width, depth, heads", ((192, 1, 3), (1280, 32, 16), (32, 1, 1)))
 def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_path):
-    state = {}
     with torch.device("meta"):
         names = as_timm(ViT(ViTConfig(16, 16, width, depth, 1, 8, 2)).state_dict())
-    for name, tensor in names.items():                           # of one number each: small files
-        state[name] = torch.zeros(()).expand(tensor.shape)
+    state = {name: torch.zeros(()).expand(t.shape) for name, t in names.items()}     # small files
     torch.save(state, tmp_path / "vit.pth")
     assert load_vit(tmp_path / "vit.pth").config.heads == heads
 
@@ -216,20 +185,19 @@ def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_pat
 # --- heads and positions
 
 def test_a_new_head_is_zero_and_said_and_everything_else_the_same(tmp_path, capsys):
-    path = write("timm", tmp_path, SIZES["small"])
+    path = write("timm", tmp_path, SMALL)
     old = load_vit(path, num_classes=5, num_heads=4)
     assert capsys.readouterr().out == ""
     new = load_vit(path, num_classes=9, num_heads=4)
     assert "a new head for 9 classes" in capsys.readouterr().out
-    assert new(images(SIZES["small"])).shape == (2, 9) and not new.head.weight.any()
+    assert new(images(SMALL)).shape == (2, 9) and not new.head.weight.any()
     for name, value in old.state_dict().items():
         assert name.startswith("head") or torch.equal(new.state_dict()[name], value)
 
 
 def test_a_pre_logits_layer_is_refused_or_goes_with_its_head(tmp_path):
-    arrays = as_google(weights(SIZES["small"]), 4)
     more = {"pre_logits/kernel": np.ones((32, 32), "f4"), "pre_logits/bias": np.ones(32, "f4")}
-    np.savez(tmp_path / "21k.npz", **arrays, **more)
+    np.savez(tmp_path / "21k.npz", **as_google(weights(SMALL), 4), **more)
     with pytest.raises(ValueError, match="21k.npz.*pre_logits"):
         load_vit(tmp_path / "21k.npz")
     assert load_vit(tmp_path / "21k.npz", num_classes=7).head.out_features == 7
@@ -242,7 +210,7 @@ def cubic(x, a=-0.75):
 
 
 def test_positions_are_resized_by_the_bicubic_kernel_and_the_class_token_is_not(tmp_path):
-    state = weights(SIZES["small"])
+    state = weights(SMALL)
     rows = torch.tensor([3.0, 1.0, 4.0, 1.5])                    # one number for each row of 4 x 4
     grid = rows.view(4, 1, 1).expand(4, 4, 32).reshape(1, 16, 32)
     state["pos_embed"] = torch.cat([torch.full((1, 1, 32), 9.0), grid], 1)
@@ -261,13 +229,12 @@ def test_positions_are_resized_by_the_bicubic_kernel_and_the_class_token_is_not(
 
 
 def test_what_save_vit_writes_reads_back_bit_equal(tmp_path):
-    config = replace(SIZES["small"], eps=0.03, mean=(0.1, 0.2, 0.3))
-    model = ViT(config)
-    model.load_state_dict(weights(config))
+    model = ViT(replace(SMALL, eps=0.03, mean=(0.1, 0.2, 0.3)))
+    model.load_state_dict(weights(SMALL))
     save_vit(model, tmp_path / "vit.pth")
     again = load_vit(tmp_path / "vit.pth")
-    assert again.config == config
-    assert torch.equal(again(images(config)), model(images(config)))
+    assert again.config == model.config
+    assert torch.equal(again(images(SMALL)), model(images(SMALL)))
 
 
 # --- bad checkpoints (test_bad_input.py damages good ones at random)
@@ -277,48 +244,41 @@ def test_what_save_vit_writes_reads_back_bit_equal(tmp_path):
     ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma"),
     ({"norm.bias": torch.ones(31)}, "norm.bias"),
     ({"norm.bias": torch.full((32,), float("nan"))}, "norm.bias"),
-    ({"norm.bias": torch.full((32,), float("inf"))}, "norm.bias"),
     ({"blocks.0.attn.qkv.weight": torch.ones(95, 32)}, "q_proj|k_proj|v_proj"),
     ({"head.weight": torch.ones(5, 32, dtype=torch.int8)}, "quantised"),
-    ({"pos_embed": torch.ones(1, 18, 32)}, "pos_embed"), ({"code": Hostile()}, "nothing in it")))
-def test_a_bad_pth_is_refused_by_name_in_one_line(change, word, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = as_timm(weights(SIZES["small"])) | change
+    ({"pos_embed": torch.ones(1, 18, 32)}, "pos_embed")))
+def test_a_bad_pth_is_refused_by_name(change, word, tmp_path):
+    state = as_timm(weights(SMALL)) | change
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=f"vit.pth: .*({word})") as error:
+    with pytest.raises(ValueError, match=f"vit.pth: .*({word})"):
         load_vit(tmp_path / "vit.pth", num_heads=4)
-    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
 
 def test_other_files_are_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="absent.pth.*No such file"):
         load_vit(tmp_path / "absent.pth")
-    folder = write_huggingface(tmp_path / "hf", SIZES["small"], hidden_act="relu")
+    folder = write_huggingface(tmp_path / "hf", SMALL, hidden_act="relu")
     with pytest.raises(ValueError, match="config.json.*relu"):
         load_vit(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="hf.*JSON|hf.*Expecting"):
-        load_vit(folder)
-    write_huggingface(folder, SIZES["small"])
+    write_huggingface(folder, SMALL)
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="pytorch_model.bin"):
-        load_vit(folder)
-    with pytest.raises(ValueError, match="model.safetensors"):
-        load_vit(folder / "model.safetensors")
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{path}.*safetensors are not read.*torch.save"):
+            load_vit(path)
     with pytest.raises(ValueError, match="5 heads"):
-        load_vit(write("timm", tmp_path, SIZES["small"]), num_heads=5)
+        load_vit(write("timm", tmp_path, SMALL), num_heads=5)
 
 
 # --- data
 
-def write_cifar(folder, hundred=False, rows=20):
+def write_cifar(folder, labels=1):
+    """Rows are the labels, 1 or 2 of them (coarse and fine), then the channels."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    for name in ("train.bin", "test.bin") if hundred else ("data_batch_1.bin", "test_batch.bin"):
-        data = rng.integers(0, 256, (rows, 3073 + hundred), dtype=np.uint8)
-        data[:, 0] = np.arange(rows) % 10
-        if hundred:
-            data[:, 1] = np.arange(rows) * 5 % 100
+    names = ("data_batch_1.bin", "test_batch.bin") if labels == 1 else ("train.bin", "test.bin")
+    for name in names:
+        data = rng.integers(0, 256, (20, labels + 3072), dtype=np.uint8)
+        data[:, 0], data[:, labels - 1] = 0, np.arange(20) * labels % 10
         data.tofile(folder / name)
     return folder
 
@@ -328,8 +288,8 @@ def test_cifar_rows_are_label_then_channels(tmp_path):
     raw = np.fromfile(tmp_path / "ten" / "data_batch_1.bin", dtype=np.uint8).reshape(-1, 3073)
     assert len(names) == 10 and train[0].shape == (20, 3, 32, 32) and len(test[1]) == 20
     assert train[0][3, 1, 2, 5] == raw[3, 1 + 1024 + 2 * 32 + 5] and train[1][3] == 3
-    train, _, names = read_images(write_cifar(tmp_path / "hundred", hundred=True))
-    assert len(names) == 100 and train[1][3] == 15               # the fine label
+    train, _, names = read_images(write_cifar(tmp_path / "hundred", labels=2))
+    assert len(names) == 100 and train[1][3] == 6                # the fine label
 
 
 def test_npz_images_with_and_without_a_test_part(tmp_path):
@@ -346,13 +306,11 @@ def test_npz_images_with_and_without_a_test_part(tmp_path):
 def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
     Image = pytest.importorskip("PIL.Image")
     for top in ("train", part) if part else ("",):
-        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        for name in ("blue", "red", ".ipynb_checkpoints", "empty"):
             (tmp_path / top / name).mkdir(parents=True)
-            for i in range(6):
-                Image.new("RGB", (30 + i, 20), colour).save(tmp_path / top / name / f"{i}.PNG")
-        (tmp_path / top / ".ipynb_checkpoints").mkdir()
+            for i in range(6 if name in ("blue", "red") else 0):
+                Image.new("RGB", (30 + i, 20), name).save(tmp_path / top / name / f"{i}.PNG")
         (tmp_path / top / ".ipynb_checkpoints" / "a.png").write_bytes(b"no picture")
-        (tmp_path / top / "empty").mkdir()
         (tmp_path / top / "red" / "notes.txt").write_text("no picture")
     train, test, names = read_images(tmp_path)
     assert names == ["blue", "red"]
@@ -376,9 +334,6 @@ def test_pictures_of_16_bits_turned_or_transparent_are_read_as_they_look(tmp_pat
     exif[0x0112] = 6                                             # turn by 90 degrees
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert train_vit.read_picture(tmp_path / "a.jpg").shape == (8, 4, 3)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="a.png"):
-        train_vit.read_picture(path)
 
 
 def test_bad_data_is_refused_by_name(tmp_path):
@@ -439,7 +394,6 @@ def test_real_images_if_they_are_here():
 
 
 if __name__ == "__main__":
-    torch.set_printoptions(precision=6, sci_mode=False)
     for size, config in SIZES.items():
-        rows = [[round(v, 6) for v in row] for row in oracle(config).tolist()]
-        print(f"    {size!r}: {rows},")
+        with tempfile.TemporaryDirectory() as folder:
+            print(size, oracle(config, Path(folder)).double().numpy().round(6).tolist())
