@@ -250,15 +250,15 @@ def main() -> None:
     args = p.parse_args()
     where, device = "gpu" if args.gpu else "cpu", "cuda" if args.gpu else "cpu"
     where = "quick" if args.quick else where
-    rounds = args.rounds or {"quick": 7, "cpu": 20, "gpu": 15}[where]
+    rounds = args.rounds or {"quick": 5, "cpu": 20, "gpu": 15}[where]
     methods = list(METHODS)
     try:
         import peft  # noqa: F401
     except ImportError:
         print("PEFT is not installed: its rows are left out")
         methods = [m for m in methods if not m.startswith("PEFT")]
-    chosen = args.only or [n for n, g in GEOMETRIES.items() if where in g[4].split()] + [
-        "ops", "compile", "life", "tokens"]
+    parts = ["ops", "life", "tokens"] + ["compile"] * (not args.quick)
+    chosen = args.only or [n for n, g in GEOMETRIES.items() if where in g[4].split()] + parts
     for name in chosen:
         if name in GEOMETRIES:
             bench_steps(name, methods, rounds, device, compiled=False)

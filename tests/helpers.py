@@ -87,16 +87,16 @@ def shake(adapters, seed=0):
     return adapters
 
 
+def assert_same(got, wanted):
+    """Two dictionaries of tensors are equal bit for bit."""
+    assert got.keys() == wanted.keys() and got
+    for name in got:
+        assert torch.equal(got[name], wanted[name]), name
+
+
 def senders(graph):
     """For each layer the set of its neighbours, those it hears beside itself."""
     return [set(hears.sum(0).nonzero()[:, 0].tolist()) - {l} for l, hears in enumerate(graph.hears)]
-
-
-def slot_of(graph, receiver, sender):
-    """The one slot through which `receiver` hears `sender`."""
-    slots = graph.hears[receiver, :, sender].nonzero()[:, 0].tolist()
-    assert len(slots) == 1, "a message must have one gate, not several"
-    return slots[0]
 
 
 def open_gates(layer):
@@ -112,8 +112,9 @@ def open_gates(layer):
 
 def message(graph, receiver, sender, gates):
     """U_lj of equation 2, [d, k], with the signs of edges "all" and without removed directions."""
-    layer, slot = graph.layers[sender], slot_of(graph, receiver, sender)
-    m = (gates[receiver] * graph.sign[receiver])[slot]
+    layer, slots = graph.layers[sender], graph.hears[receiver, :, sender].nonzero()[:, 0]
+    assert len(slots) == 1, "a message must have one gate, not several"
+    m = (gates[receiver] * graph.sign[receiver])[slots[0]]
     return layer.B.double() @ torch.diag(m) @ layer.A.double()
 
 
@@ -137,9 +138,8 @@ def by_hand_mixing(graph):
     return torch.stack(rows)
 
 
-def by_hand_updates(graph, gates=None):
-    """s dW_l of equation 6, a [d, k] matrix per layer; gates: [S, r] per layer, or evaluation's."""
-    gates = [open_gates(layer) for layer in graph.layers] if gates is None else gates
+def by_hand_updates(graph, gates):
+    """s dW_l of equation 6, a [d, k] matrix per layer; gates: [S, r] per layer."""
     M, s, updates = by_hand_mixing(graph), graph.config.alpha / graph.config.rank, []
     for l, near in enumerate(senders(graph)):
         updates.append(s * sum(M[l, j] * message(graph, l, j, gates) for j in sorted(near | {l})))

@@ -9,14 +9,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import structlora
-from helpers import (COORDINATORS, EDGES, GATES, Block, Chain, Fan, adapted, by_hand_mixing,
-                     by_hand_updates, chain, inputs, open_gates, senders, shake)
+from helpers import (COORDINATORS, EDGES, GATES, Block, Chain, Fan, adapted, assert_same,
+                     by_hand_mixing, by_hand_updates, chain, inputs, open_gates, senders, shake)
 from structlora import (BETA_WARMUP, EDGES_SETTLE, GRADIENT_DECAY, Config, attach, gate_draw,
                         gate_mean, gate_rate, gate_strength)
 
@@ -25,12 +24,6 @@ DOUBLE = {"dtype": torch.float64}
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, wanted):
-    assert got.keys() == wanted.keys() and got
-    for name in got:
-        assert torch.equal(got[name], wanted[name]), name
 
 
 def all_updates(adapters, gates=open_gates):
@@ -354,9 +347,8 @@ def test_a_compiled_model_trains_as_the_eager_one_and_recompiles_once(backend, e
 
 # --- Gates, equations 3 and 9
 
-def gaussian(mu, sigma, **kind):
-    return {"mu": torch.tensor(mu, **kind or DOUBLE).requires_grad_(),
-            "log_sigma": torch.tensor(sigma, **kind or DOUBLE).log().requires_grad_()}
+def gaussian(mu, sigma, dtype=torch.float64):
+    return {"mu": torch.tensor(mu, dtype=dtype), "log_sigma": torch.tensor(sigma, dtype=dtype).log()}
 
 
 def test_gaussian_rate_is_the_kl_under_the_best_prior_variance():
@@ -372,8 +364,6 @@ def test_gaussian_rate_is_the_kl_under_the_best_prior_variance():
     gates = gaussian([1.0, 10.0, 0.0, 1e-5, 1.0], [0.1, 1.0, 1.0, 1.0, 1e-6], dtype=torch.float32)
     wanted = [0.5 * math.log(101), 0.5 * math.log(101), 0.0, 0.5e-10, 6 * math.log(10)]
     assert gate_rate(gates).tolist() == pytest.approx(wanted, rel=1e-5)
-    gates = gaussian([1.0, -2.0, 0.1, 0.7], [0.1, 0.5, 1.0, 3.0])
-    assert gradcheck(lambda *values: gate_rate(dict(zip(gates, values))), tuple(gates.values()))
 
 
 def test_gates_are_shut_where_the_signal_is_below_the_noise_or_pi_below_one_half():
@@ -390,7 +380,6 @@ def test_concrete_rate_is_the_bernoulli_kl_also_at_the_ends(monkeypatch):
         monkeypatch.setattr(structlora, "PRIOR", prior)
         wanted = kl_divergence(Bernoulli(pi), Bernoulli(torch.full_like(pi, prior)))
         assert torch.allclose(gate_rate({"phi": torch.logit(pi)}), wanted, rtol=1e-9, atol=1e-12)
-    assert gradcheck(lambda phi: gate_rate({"phi": phi}), torch.logit(pi).requires_grad_())
     phi = torch.tensor([200.0, -200.0]).requires_grad_()
     rate = gate_rate({"phi": phi})
     rate.sum().backward()
