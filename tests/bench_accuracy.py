@@ -49,7 +49,6 @@ from structlora import Config, attach
 from train_vit import warmup_cosine
 
 FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
-START_RATE = 8e-3                    # the lowest of the first grid
 
 # name -> (factor on the rank, changes of Config); budget is in units of the rank
 LORA = {"gate": "none", "coordinator": "none"}
@@ -64,19 +63,21 @@ METHODS = {
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN, OTHERS = tuple(METHODS)[:5], tuple(METHODS)[-3:]
 
-# pretrain: (steps, examples in a step); batch: examples in a step; cells: (backbone, examples,
-# rank). Methods that are not in MAIN are run in the first cell, after the first nine cells.
+# rates: the first grid; pretrain: (steps, examples in a step); batch: examples in a step; cells:
+# (backbone, examples, rank). Methods that are not in MAIN are run in the first cell, after the
+# first nine cells.
 STEPS = 100
 TEXT = dict(width=128, layers=6, length=64, pretrain=(1500, 32), batch=8)
 SIZES = {
-    "quick": dict(seeds=4, rates=2, text=TEXT | {"pretrain": (600, 32)}, cells=[("text", 512, 1)]),
-    "default": dict(seeds=8, rates=3, text=TEXT,
+    "quick": dict(seeds=4, rates=(8e-3, 1.6e-2), text=TEXT | {"pretrain": (600, 32)},
+                  cells=[("text", 512, 1)]),
+    "default": dict(seeds=8, rates=(8e-3, 1.6e-2, 3.2e-2), text=TEXT,
                     vision=dict(width=96, layers=6, pretrain=(800, 32), batch=32),
                     llava=dict(seeds=4, pretrain=(600, 32), batch=16),
                     cells=[("text", 512, 1), ("text", 64, 1), ("vision", 100, 1),
                            ("vision", 20, 1), ("text", 512, 4), ("text", 64, 4),
                            ("vision", 100, 4), ("vision", 20, 4), ("llava", 200, 2)]),
-    "gpu": dict(seeds=8, rates=4,
+    "gpu": dict(seeds=8, rates=(1e-3, 2e-3, 4e-3, 8e-3),
                 text=dict(width=512, layers=8, length=128, pretrain=(1500, 128), batch=16),
                 deep=dict(width=256, layers=16, length=128, pretrain=(1000, 128), batch=16),
                 vision=dict(width=384, layers=8, pretrain=(600, 128), batch=32),
@@ -177,7 +178,10 @@ class Task:
             return F.cross_entropy(logits, y[i].to(self.device).flatten())
 
         train_vit.pretrain(self.model, loss, steps, 2e-3 * (128 / self.sizes["width"]) ** 0.5)
-        print(f"pretrained {self.kind}: loss {loss(steps):.3f}", flush=True)
+        learned, chance = loss(steps).item(), math.log(self.model(x[:1].to(self.device)).shape[-1])
+        print(f"pretrained {self.kind}: loss {learned:.3f}, of guessing {chance:.3f}", flush=True)
+        if steps > 2 and not learned < 0.8 * chance:
+            raise ValueError(f"pretraining {self.kind}: the loss of {learned:.3f} is useless")
 
     def labelled(self, seed: int, count: int) -> tuple:
         """The examples that a seed draws: windows, pictures of each class, or scenes."""
@@ -438,8 +442,8 @@ def show(lines: dict, name: str, folder: Path) -> None:
     structlora.print_table([{k: v for k, v in row.items() if k != "gain"} for row in rows])
     for *cell, method in lines:
         if method == "all" and (*cell, "hybrid") in lines:
-            line = lines[*cell, "all"]
-            mean, half, p = difference(line, lines[*cell, "hybrid"])
+            line = lines[(*cell, "all")]
+            mean, half, p = difference(line, lines[(*cell, "hybrid")])
             print("{} {} r{}: all to hybrid".format(*cell), f"{mean:+.4f} +- {half:.4f}",
                   f"({len(line['scores'])} seeds, p {p:.3f})")
     structlora.write(folder / f"gain-{name}.svg", gain_figure(rows))
@@ -480,7 +484,7 @@ def cosine_figure(lines: dict) -> str:
     """Cosine of the updates of each pair of layers, in the first cell: blue 1, white 0, red -1."""
     parts, left, (*cell, _) = [], 20, next(iter(lines))
     for method in [m for m in ("LoRA", "hybrid", "all") if (*cell, m) in lines]:
-        matrix = np.array(lines[*cell, method]["cosine"])
+        matrix = np.array(lines[(*cell, method)]["cosine"])
         size = 180 / len(matrix)
         parts.append(f'<text x="{left}" y="16">{method}</text>')
         for (i, j), value in np.ndenumerate(matrix):
@@ -498,8 +502,7 @@ def finished(task: Task, cell: tuple, method: str, size: dict, args) -> dict:
     """A method's line in a cell: the grid of rates, widened while its best lies at an edge."""
     size, steps = size | task.sizes, 2 if args.dry else STEPS
     seeds = [FIRST_SEED + i for i in range(size["seeds"])]
-    rates = [START_RATE * 2**i for i in range(size["rates"])]
-    line = run(task, method, *cell[1:], seeds, rates, steps)
+    line = run(task, method, *cell[1:], seeds, list(size["rates"]), steps)
     for _ in range(0 if args.dry or args.quick else 4):
         best = int(torch.tensor(line["scores"])[..., 0].mean(0).argmin())
         if 0 < best < len(line["rates"]) - 1:
@@ -531,7 +534,7 @@ def main() -> None:
     size, path = SIZES[name], args.results / f"{name}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         line = json.loads(line)
-        lines[*line["cell"], line["method"]] = line
+        lines[(*line["cell"], line["method"])] = line
     first, methods = size["cells"][0], MAIN[:4] if args.quick else MAIN
     work = [(cell, method) for cell in size["cells"] for method in methods]
     work[45:45] = [(first, method) for method in METHODS if method not in MAIN and not args.quick]
@@ -546,7 +549,7 @@ def main() -> None:
         print(f"{cell} {method}: {line['ms']:.2f} ms a step and experiment, so far "
               f"{time.perf_counter() - began:.0f} s", flush=True)
         if not args.dry:
-            lines[*cell, method] = line
+            lines[(*cell, method)] = line
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -32,7 +32,7 @@ import train_vit
 from helpers import Hostile, chain
 from structlora import Config, attach
 
-SECONDS = 30                 # nobody waits longer for a file of this size
+SECONDS = 10                 # nobody waits longer for a file of this size
 CASES = 24                   # seeded damages for each of the files below
 MEMORY = 4 * 2**30           # more than any of these files can need, torch's own included
 HUGE = 2**60

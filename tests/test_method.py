@@ -348,7 +348,8 @@ def test_a_compiled_model_trains_as_the_eager_one_and_recompiles_once(backend, e
 # --- Gates, equations 3 and 9
 
 def gaussian(mu, sigma, dtype=torch.float64):
-    return {"mu": torch.tensor(mu, dtype=dtype), "log_sigma": torch.tensor(sigma, dtype=dtype).log()}
+    mu, sigma = torch.tensor(mu, dtype=dtype), torch.tensor(sigma, dtype=dtype)
+    return {"mu": mu, "log_sigma": sigma.log()}
 
 
 def test_gaussian_rate_is_the_kl_under_the_best_prior_variance():
