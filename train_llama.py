@@ -197,6 +197,8 @@ def load_llama(directory: str | Path, dtype=torch.bfloat16, device: str = "cpu")
     wrote, in eval mode. Raises ValueError that names the file and what is wrong."""
     with reading(directory):
         config, parts = read_checkpoint(directory)
+        if config.num_layers > len(parts):                       # else they would all be built
+            raise ValueError(f"{config.num_layers} layers: not in the files")
         with torch.device("meta"):                               # takes no memory yet
             model = Llama(config)
         return assemble(model, parts, dtype, device)

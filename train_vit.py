@@ -173,7 +173,7 @@ def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, t
     """fp32 tensors by our names, a fused qkv in three."""
     result = {}
     for key, tensor in tensors.items():
-        key = key.removeprefix("module.").removeprefix("_orig_mod.")     # DataParallel, compile
+        key = key.replace("_orig_mod.", "").removeprefix("module.")      # compile, DataParallel
         for theirs, own in names.items():
             key = key.replace(theirs, own)
         if not tensor.is_floating_point():
