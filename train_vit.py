@@ -467,11 +467,10 @@ def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
     return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
 
 
-def fine_tune(args, config: Config, lr: float, load, train: tuple, test: tuple, name: str,
+def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
               out: Path) -> dict[str, str]:
     """One run: attach, train, export -> its row of the table. Writes under `out`."""
     torch.manual_seed(args.seed)
-    model = load().to(args.device, getattr(torch, args.dtype))
     adapters = attach(model, config)
     if not model.head.weight.any():                              # a new head is trained too
         model.head.float().requires_grad_(True)
@@ -517,47 +516,51 @@ def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
                               image_size=None, num_heads=None)   # the checkpoint's
-    out, load, shots = Path(args.out), small_vit, args.shots or (None if args.fraction else 50)
-    if args.checkpoint:
+    out, path, shots, classes = Path(args.out), args.checkpoint, args.shots, 10
+
+    def load() -> ViT:
+        model = load_vit(path, classes, args.image_size, args.num_heads)
+        return model.to(args.device, getattr(torch, args.dtype))
+
+    def run(model: ViT, method: str, name: str, rate: str, **changes) -> dict[str, str]:
+        return fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate], model,
+                         train, test, name, out if args.checkpoint else out / rate)
+
+    if path:
         train, test, names = read_images(args.data)
-        print(f"{len(names)} classes: {', '.join(names[:5])}{', ...' * (len(names) > 5)}")
-        shots, load = args.shots, functools.partial(load_vit, args.checkpoint, len(names),
-                                                    args.image_size, args.num_heads)
+        classes = len(names)
+        print(f"{classes} classes: {', '.join(names[:5])}{', ...' * (classes > 5)}")
+        model = load()
+        if args.eval_only and not model.head.weight.any():
+            raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
+        model, shots = small_vit(), shots or (None if args.fraction else 50)
     train = take(train, choose(train[1], shots, args.fraction, args.seed))
-    model = load()
     attach(model, make_config(args, args.method)).detach()       # refused before files are written
     if isinstance(train[0], list):
         size = model.config.image_size
         train, test = ((torch.stack([square(file, size) for file in files]), labels)
                        for files, labels in (train, test))
-    if args.eval_only:
-        if not model.head.weight.any():
-            raise ValueError(f"--eval-only: {args.data} has other classes than {args.checkpoint}")
-        if (out / "adapter.pt").exists() and Path(args.checkpoint).parent != out:
-            StructLoRA.load(model, out / "adapter.pt")           # OUT/merged.pt has it in it
-        model.to(args.device, getattr(torch, args.dtype))
-        structlora.print_table([structlora.summary("checkpoint", evaluate(model, test, args))])
-        return
-
-    def run(method: str, name: str, folder: Path, rate: str, **changes) -> dict[str, str]:
-        config = make_config(args, method, **changes)
-        return fine_tune(args, config, args.lr or RATES[rate], load, train, test, name, folder)
-
-    if args.checkpoint:
-        rows = [run(args.method, args.method, out, "checkpoint")]
-    else:
-        load, r = functools.partial(load_vit, pretrained(args)), args.rank
-        frozen = structlora.summary("frozen", evaluate(load().to(args.device), test, args))
-        lora = run("lora", f"LoRA r={r}", out / "lora", "lora")
-        ours = run("structlora", f"StructLoRA r={r}", out / "structlora", "structlora")
-        every = run("structlora", f'StructLoRA r={r}, "all"', out / "all", "all", edges="all")
+    if not path:
+        path = pretrained(args)
+        model = load()
+    adapter, name, r = out / "adapter.pt", "frozen", args.rank
+    if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
+        StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
+        name = str(adapter)
+    table = [structlora.summary(name, evaluate(model, test, args))]
+    if args.checkpoint and not args.eval_only:
+        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
+    elif not args.checkpoint:
+        lora = run(load(), "lora", f"LoRA r={r}", "lora")
+        ours = run(load(), "structlora", f"StructLoRA r={r}", "structlora")
+        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
         r = min(64, max(1, round(float(ours["merged rank"]))))
-        matched = run("lora", f"LoRA r={r}", out / "matched", "matched", rank=r,
+        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)
-        rows = [frozen, lora, matched, ours, every]
-    structlora.print_table(rows)
+        table += [lora, matched, ours, every]
+    structlora.print_table(table)
 
 
 if __name__ == "__main__":
