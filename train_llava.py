@@ -554,17 +554,16 @@ def main() -> None:
     else:
         model, shots = Llava(*SMALL), shots or (None if args.fraction else 200)
         train, test = (draw_examples(n, 10 * args.seed + n, True) for n in (1000, 300))
-    chosen = vit.choose(torch.zeros(len(train)), shots, args.fraction, args.seed)
-    rows = [row for row in (encode(tokenizer, train[i]) for i in chosen) if True in row.answers]
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
-    test = [test[i] for i in order[:args.test_examples]]         # without what is all question:
-    test = [e for e in test if True in encode(tokenizer, e).answers]
-    print(f"{len(rows)} training and {len(test)} test examples")
+    rows = [encode(tokenizer, train[i]) for i in
+            vit.choose(torch.zeros(len(train)), shots, args.fraction, args.seed)]
+    rows = [row for row in rows if True in row.answers]
+    test = test[::math.ceil(len(test) / args.test_examples)]
+    test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
-    def run(model: Llava, method: str, name: str, folder: str, rate: str, **changes) -> dict:
+    def run(model: Llava, method: str, name: str, rate: str, **changes) -> dict[str, str]:
         return llama.fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate],
-                               model, rows, score, name, out / folder,
+                               model, rows, score, name, out if args.checkpoint else out / rate,
                                functools.partial(collate, vision=model.vision), losses_of,
                                [model.model.mm_projector] * args.tune_projector)
 
@@ -572,20 +571,19 @@ def main() -> None:
     if not path:
         path = pretrained(args)
         model = load(path)
-    adapter, name = out / "adapter.pt", "frozen"
+    adapter, name, r = out / "adapter.pt", "frozen", args.rank
     if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
         StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
         name = str(adapter)
     table = [structlora.summary(name, score(model))]
     if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={args.rank}", "", "checkpoint"))
+        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
     elif not args.checkpoint:
-        r = args.rank
-        lora = run(load(path), "lora", f"LoRA r={r}", "lora", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora", "structlora")
-        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", "all", edges="all")
+        lora = run(load(path), "lora", f"LoRA r={r}", "lora")
+        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora")
+        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
         r = min(64, max(1, round(float(ours["merged rank"]))))
-        matched = run(load(path), "lora", f"LoRA r={r}", "matched", "matched", rank=r,
+        matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)
         table += [lora, matched, ours, every]
     structlora.print_table(table)
