@@ -38,7 +38,7 @@ from structlora import Config, StructLoRA, attach, load_torch, make_config, read
 from train_vit import batch_indices, choose, pretrain, warmup_cosine
 
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
-RATES = {"lora": 4e-2, "matched": 2e-2, "structlora": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
+RATES = {"lora": 4e-2, "matched": 2e-2, "hybrid": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
 
 
 # --- Model: names and rotary layout are Hugging Face's, so that exported adapters fit its models
@@ -724,8 +724,8 @@ def main() -> None:
         table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
     elif not args.checkpoint:
         lora = run(load(path), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora")
-        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
+        ours = run(load(path), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
+        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
         r = min(32, max(1, round(float(ours["merged rank"]))))   # a value has 32 channels
         matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)

@@ -37,7 +37,7 @@ from structlora import StructLoRA, attach, load_torch, make_config, reading
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Tuned on the demo with seeds 100 to 105, not those reported; a checkpoint's is LLaVA's own.
-RATES = {"lora": 2e-2, "matched": 5e-3, "structlora": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
+RATES = {"lora": 2e-2, "matched": 5e-3, "hybrid": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -580,8 +580,8 @@ def main() -> None:
         table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
     elif not args.checkpoint:
         lora = run(load(path), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r}", "structlora")
-        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
+        ours = run(load(path), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
+        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
         r = min(64, max(1, round(float(ours["merged rank"]))))
         matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)

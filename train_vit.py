@@ -34,7 +34,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}         # DeiT
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
-RATES = {"lora": 1e-2, "matched": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
+RATES = {"lora": 1e-2, "matched": 7e-3, "hybrid": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
 # --- Model
@@ -554,8 +554,8 @@ def main() -> None:
         table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
     elif not args.checkpoint:
         lora = run(load(), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(), "structlora", f"StructLoRA r={r}", "structlora")
-        every = run(model, "structlora", f'StructLoRA r={r}, "all"', "all", edges="all")
+        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
+        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
         r = min(64, max(1, round(float(ours["merged rank"]))))
         matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
                       alpha=r * args.alpha / args.rank)

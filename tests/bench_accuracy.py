@@ -53,13 +53,14 @@ FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
 # name -> (factor on the rank, changes of Config); budget is in units of the rank
 LORA = {"gate": "none", "coordinator": "none"}
 METHODS = {
-    "LoRA": (1, LORA), "LoRA 4r": (4, LORA), "hybrid": (1, {}), "all": (1, {"edges": "all"}),
+    "LoRA": (1, LORA), "LoRA 4r": (4, LORA), "hybrid": (1, {"edges": "hybrid"}), "all": (1, {}),
     "gate only": (1, {"coordinator": "none"}),
     "concrete gate only": (1, {"coordinator": "none", "gate": "concrete"}),
     "depth": (1, {"edges": "depth"}), "similarity": (1, {"edges": "similarity"}),
-    "hybrid, no gate": (1, {"gate": "none"}), "all, no gate": (1, {"gate": "none", "edges": "all"}),
-    "all, no gate, uniform": (1, {"gate": "none", "edges": "all", "coordinator": "uniform"}),
-    "all, |M| = 1/sqrt(L-1)": (1, {"edges": "all"}), "hybrid, budget r": (1, {}),
+    "hybrid, no gate": (1, {"gate": "none", "edges": "hybrid"}),
+    "all, no gate": (1, {"gate": "none"}),
+    "all, no gate, uniform": (1, {"gate": "none", "coordinator": "uniform"}),
+    "all, |M| = 1/sqrt(L-1)": (1, {}), "hybrid, budget r": (1, {"edges": "hybrid"}),
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN, OTHERS = tuple(METHODS)[:5], tuple(METHODS)[-3:]
 

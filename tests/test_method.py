@@ -262,7 +262,7 @@ def test_passes_of_the_model_and_of_parts_can_have_a_backward_each_or_one_togeth
 
 
 def test_a_part_follows_the_parameters_whatever_ran_before():
-    model, adapters = adapted(3)
+    model, adapters = adapted(3, edges="hybrid")
     x, part = inputs(**DOUBLE), model.double().blocks[1]
 
     def check():
@@ -294,7 +294,7 @@ def test_a_part_follows_the_parameters_whatever_ran_before():
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01).step()
     model.double()
     check()
-    model.load_state_dict(adapted(3, seed=4)[0].state_dict())
+    model.load_state_dict(adapted(3, seed=4, edges="hybrid")[0].state_dict())
     check()
 
 

@@ -212,7 +212,8 @@ def test_the_demo_has_a_row_for_each_method(cli, tmp_path, monkeypatch):
     status, out, err = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu")
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     assert status == 0 and rows[2:4] == ["frozen", "LoRA r=2"] and len(rows) == 7, err
-    assert rows[4].startswith("LoRA r=") and rows[5:] == ["StructLoRA r=2", 'StructLoRA r=2, "all"']
+    assert rows[4].startswith("LoRA r=")
+    assert rows[5:] == ["StructLoRA r=2 hybrid", "StructLoRA r=2 all"]
     status, again, _ = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu", "--resume")
     times = r"[\d.]+ \|\n"
     assert status == 0 and re.sub(times, "", again) == re.sub(times, "", out)
