@@ -42,10 +42,10 @@ Its message sigma(h Theta) acts on vec(dW): Theta would have (d k)^2 entries, an
 merged exactly; we keep the linear residual part and put what is learned into the attention. Its
 features are sketches without a gradient: attention should weigh the updates, not pull on them. (c)
 It leaves the noise model and N open: beta = 1 would be the variational free energy, but with few
-labels that shuts messages which help; hence 0.1. A Gaussian gate is not confined to [0, 1]: B
-absorbs its scale, only mu / sigma matters. (d) The similarity edges settle after EDGES_SETTLE
-steps: each change of a sender is a jump. (e) Edges "all", the default, are ours: the directions of
-a kind form one dictionary, which every layer reads in a random way of its own.
+labels that shuts messages which help; hence 0.1. A Gaussian gate is not confined to [0, 1]: B can
+absorb its scale, only mu / sigma matters. (d) The similarity edges settle after EDGES_SETTLE steps:
+each new sender makes the update jump. (e) Edges "all", the default, are ours: the directions of a
+kind form one dictionary, which every layer reads in a random way of its own.
 
 All but the last part of this file, what the scripts share, is the method; it needs torch only.
 """
@@ -92,10 +92,9 @@ class Config:
     gate: str = "gaussian"           # "gaussian" (Eq. 3), "concrete" (Eq. 9) or "none"
     beta: float = 0.1                # weight of the rate (Eq. 4); 1 is the variational free energy
     coordinator: str = "attention"   # "attention" (Eq. 5), "uniform" (a = 1 / degree) or "none"
-    # "all", or the paper's "hybrid", or its halves "depth" and "similarity" (Eq. 6). "all" is the
-    # default as it gains more where sharing gains at all: see tests/results/README.md.
-    edges: str = "all"
-    budget: float | None = None      # mean merged rank per layer after pruning (Eq. 8)
+    edges: str = "all"               # or "hybrid", "depth", "similarity" (Eq. 6). "all" gains more
+    #                                  where sharing gains at all: see tests/results/README.md
+    budget: float | None = None      # directions that a layer keeps in the mean (Eq. 8)
 
     def __post_init__(self):
         names = self.targets.split(",") if isinstance(self.targets, str) else self.targets
@@ -111,7 +110,7 @@ class Config:
                 ("beta", 0 <= self.beta < math.inf, "zero or positive"),
                 ("coordinator", self.coordinator in coordinators, f"one of {coordinators}"),
                 ("edges", self.edges in graphs, f"one of {graphs}"),
-                ("budget", self.budget is None or self.budget > 0 and START[self.gate],
+                ("budget", self.budget is None or self.budget > 0 and START.get(self.gate),
                  "positive, and needs a gate to rank by")):
             if not good:
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be {rule}")
@@ -183,7 +182,7 @@ class LoRALinear(nn.Linear):
         A, B, gates = self.message or self.message_outside_a_pass()
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
-        u = F.linear(x.reshape(-1, A.shape[1]).to(A.dtype), A)           # [M, R], M = N * ...
+        u = F.linear(x.reshape(-1, A.shape[1]).to(A.dtype), A)           # [T, R], T = N * ...
         if gates:
             samples = len(x) if x.dim() > 1 else 1
             u = u.view(samples, len(u) // max(samples, 1), len(A)) * gate_draw(gates, samples)
@@ -196,7 +195,8 @@ class LoRALinear(nn.Linear):
         """The message when a part of the model is called, or when a checkpoint recomputes it."""
         if self.last and torch._C._current_graph_task_id() >= 0:         # inside backward()
             return self.last
-        unseen = contextlib.nullcontext()    # by a checkpoint, whose recomputation takes `last`
+        # A checkpoint must not record what follows: its recomputation uses `last`.
+        unseen = contextlib.nullcontext()
         if torch._C._autograd._saved_tensors_hooks_is_enabled():         # not in torch.func.grad
             unseen = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
         with unseen:
@@ -246,7 +246,8 @@ class LayerGraph(nn.Module):
                 self.w_src = nn.Parameter(torch.zeros(SKETCH * SKETCH))
                 self.w_dst = nn.Parameter(torch.zeros(SKETCH * SKETCH))
         generator = torch.Generator().manual_seed(0)             # P, Q: the same in every run
-        P, Q = (torch.randn(n, SKETCH, generator=generator) / math.sqrt(n) for n in (d, k))
+        P, Q = (torch.randn(n, SKETCH, generator=generator, device="cpu") / math.sqrt(n)
+                for n in (d, k))
         for name, tensor in (("hears", hears), ("sign", sign), ("P", P), ("Q", Q),
                              ("gradient", torch.zeros(L, SKETCH, SKETCH)),       # running mean
                              ("steps", torch.zeros((), dtype=torch.long))):
@@ -256,9 +257,7 @@ class LayerGraph(nn.Module):
         for index, layer in enumerate(self.layers):
             layer.ask, layer.index = self.messages, index
 
-    def forward(self, x):
-        """Returns x: a root that is an nn.Sequential calls all its children."""
-        return x
+    forward = nn.Identity.forward    # a root that is an nn.Sequential calls all its children
 
     def messages(self) -> list[tuple]:
         """What stack() returns, layer by layer, in the dtype that they compute in."""
@@ -493,13 +492,14 @@ class StructLoRA:
     def param_groups(self, lr: float, gate_lr: float | None = None,
                      weight_decay: float = 0.01) -> list[dict]:
         """Groups for torch.optim: factors, and what else you unfroze (a head), at lr with weight
-        decay; the coordinator at lr; gates at gate_lr without decay. gate_lr defaults to 0.05 with
-        a budget, which needs gates that separate, and to 0.01 without: faster gates saturate."""
+        decay; the coordinator at lr; gates at gate_lr without decay, by default 0.05 with a budget,
+        which ranks by the gates, and 0.01 without: faster gates saturate."""
         layers, groups = self.layers.values(), []
         factors = [p for layer in layers for p in (layer.A, layer.B)] + [*self.trained().values()]
         mixing = [p for graph in self.graphs for p in graph.parameters()]
         gates = [p for layer in layers for p in layer.gate.values()]
-        gate_lr = gate_lr or (0.05 if self.config.budget else 0.01)
+        if gate_lr is None:
+            gate_lr = 0.05 if self.config.budget else 0.01
         for params, rate, decay in ((factors, lr, weight_decay), (mixing, lr, 0.0),
                                     (gates, gate_lr, 0.0)):
             if params := [p for p in params if p.requires_grad]:
@@ -542,7 +542,7 @@ class StructLoRA:
         if self.config.budget is None or progress < PRUNE_START:
             return
         candidates = sum(int(graph.hears.sum()) for graph in self.graphs) * self.config.rank
-        target = min(candidates, round(self.config.budget * len(self.layers)))
+        target = min(candidates, max(1, round(self.config.budget * len(self.layers))))
         remaining = 1 - min(1.0, (progress - PRUNE_START) / (PRUNE_END - PRUNE_START))
         count = target + math.ceil((candidates - target) * remaining ** 3)
         strengths = []
@@ -672,9 +672,10 @@ class StructLoRA:
                                  f"take {', '.join(taken[:3])} for it too; use save() or merge()")
             tensors[name] = state[name].clone()
         for name, (B, A) in self.factors().items():
-            if rank and rank < A.shape[0]:                       # Eckart-Young
+            r = min(rank or len(A), len(B), A.shape[1])          # no update has more
+            if r < len(A):                                       # Eckart-Young
                 U, S, Vh = thin_svd(B, A)
-                B, A = U[:, :rank] * S[:rank].sqrt(), S[:rank, None].sqrt() * Vh[:rank]
+                B, A = U[:, :r] * S[:r].sqrt(), S[:r, None].sqrt() * Vh[:r]
             if not A.shape[0]:                                   # PEFT knows no rank 0
                 B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
             tensors[f"{name}.lora_A.weight"] = A.float().contiguous()
@@ -709,9 +710,8 @@ class StructLoRA:
             kind = kind_of(graph.names[0])
             kind += f" {shape}" * (kind in result["mixing"])     # the same kind in another shape
             A, B, weight, _ = graph.stack(torch.float32, random=False, probes=False)
-            columns = torch.einsum("lda,jdb->lajb", B, B)
-            rows = torch.einsum("lak,jbk->lajb", A, A)
-            gram = (columns * rows).sum((1, 3))                  # <u_l, u_j>, without any [d, k]
+            gram = torch.stack([(b.mT @ B * (a @ A.mT)).sum((1, 2))      # <u_l, u_j>, no [d, k]
+                                for a, b in zip(A, B)])                  # [L, L]
             norm = gram.diagonal().clamp_min(0).sqrt()
             cosine = gram / (norm[:, None] * norm).clamp_min(1e-30)
             drift += float((norm[1:]**2 + norm[:-1]**2 - 2 * gram.diagonal(1)).sum())
