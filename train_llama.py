@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import structlora
-from structlora import Config, StructLoRA, attach, load_torch, make_config, reading, write
-from train_vit import batch_indices, choose, pretrain, warmup_cosine
+from structlora import Config, attach, load_torch, make_config, reading, write
+from train_vit import batch_indices, choose, compare, pretrain, warmup_cosine
 
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
 RATES = {"lora": 4e-2, "matched": 2e-2, "hybrid": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
@@ -715,22 +715,7 @@ def main() -> None:
     if not path:
         path = pretrained(args)
         model = load(path)
-    adapter, name, r = out / "adapter.pt", "frozen", args.rank
-    if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
-        StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
-        name = str(adapter)
-    table = [structlora.summary(name, score(model))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(path), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(32, max(1, round(float(ours["merged rank"]))))   # a value has 32 channels
-        matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    structlora.print_table(table)
+    compare(args, model, functools.partial(load, path), run, score)
 
 
 if __name__ == "__main__":

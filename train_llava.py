@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import structlora
 import train_llama as llama
 import train_vit as vit
-from structlora import StructLoRA, attach, load_torch, make_config, reading
+from structlora import attach, load_torch, make_config, reading
 
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -571,22 +571,7 @@ def main() -> None:
     if not path:
         path = pretrained(args)
         model = load(path)
-    adapter, name, r = out / "adapter.pt", "frozen", args.rank
-    if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
-        StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
-        name = str(adapter)
-    table = [structlora.summary(name, score(model))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(path), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(path), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(64, max(1, round(float(ours["merged rank"]))))
-        matched = run(load(path), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    structlora.print_table(table)
+    vit.compare(args, model, functools.partial(load, path), run, score)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -292,7 +291,7 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     """CLASS/*.jpg, or train/CLASS/*.jpg and test/, val/ or valid/ of the same classes. Hidden and
     empty folders and files that are no pictures by their ending are passed over."""
-    parts, data = [path], []
+    parts, data, names = [path], [], []
     if (path / "train").is_dir():
         tests = [path / name for name in ("test", "val", "valid", "validation")]
         parts = [path / "train", *[test for test in tests if test.is_dir()][:1]]
@@ -300,7 +299,7 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
         files = sorted(f for f in part.glob("[!.]*/[!.]*") if f.suffix.lower() in PICTURES)
         if not files:
             raise ValueError(f"{part}: neither CIFAR binaries nor a folder of images per class")
-        names = names if data else sorted({file.parent.name for file in files})
+        names = names or sorted({file.parent.name for file in files})
         data.append((files, torch.tensor([names.index(file.parent.name) for file in files])))
     return data, names
 
@@ -512,6 +511,29 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
 
 # --- Main
 
+def compare(args, model: nn.Module, load, run, score) -> None:
+    """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
+    method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
+    scores, run(model, method, name, rate, **changes of Config) a row."""
+    adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
+    inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
+    if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
+        StructLoRA.load(model, adapter)
+        name = str(adapter)
+    table = [structlora.summary(name, score(model))]
+    if args.checkpoint and not args.eval_only:
+        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
+    elif not args.checkpoint:
+        lora = run(load(), "lora", f"LoRA r={r}", "lora")
+        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
+        every = run(load(), "structlora", f"StructLoRA r={r} all", "all", edges="all")
+        r = min(32, max(1, round(float(ours["merged rank"]))))   # the narrowest layer's
+        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
+                      alpha=r * args.alpha / args.rank)
+        table += [lora, matched, ours, every]
+    structlora.print_table(table)
+
+
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
@@ -545,22 +567,7 @@ def main() -> None:
     if not path:
         path = pretrained(args)
         model = load()
-    adapter, name, r = out / "adapter.pt", "frozen", args.rank
-    if args.eval_only and adapter.exists() and Path(path).resolve().parent != out.resolve():
-        StructLoRA.load(model, adapter)                          # OUT/merged.pt has it in it
-        name = str(adapter)
-    table = [structlora.summary(name, evaluate(model, test, args))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(model, "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(64, max(1, round(float(ours["merged rank"]))))
-        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    structlora.print_table(table)
+    compare(args, model, load, run, functools.partial(evaluate, test=test, args=args))
 
 
 if __name__ == "__main__":

@@ -240,6 +240,7 @@ def llama_options(tmp_path, name, size):
                     "output": "o" * (1 + n % 7)} for n in range(60)]
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return ("--checkpoint", "llama.pt", "--data", "a.jsonl", "--gate", "none", "--steps", "14",
+            "--edges", "hybrid",             # whose probes last 10 steps
             "--lr", "0.01", "--device", "cpu", "--batch-size", str(size), "--save-every", "5",
             "--out", name)
 
@@ -264,7 +265,8 @@ def test_two_processes_equal_one_at_twice_the_batch(tmp_path):
         assert one == pytest.approx(two, abs=1e-5)
     for name, value in a.items():                                # Adam divides by w_src's tiny ones
         near = 1e-3 if "w_src" in name or "w_dst" in name or name[0].isdigit() else 1e-5
-        assert torch.allclose(value.float(), b[name].float(), atol=near), name
+        gap = (value.float() - b[name].float()).abs().max().item()
+        assert gap < near, (name, gap)
     rest = start(tmp_path, "two", 4, 2, options=("--resume",))
     assert rest.communicate(timeout=300)[1] is not None and rest.returncode == 0
     wrong = start(tmp_path, "two", 8, 1, options=("--resume",))
