@@ -361,7 +361,7 @@ def test_export_cut_to_a_rank_is_the_best_approximation_of_that_rank(rank, tmp_p
         U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
         best, got = U[:, :rank] * S[:rank] @ Vh[:rank], peft_delta(tmp_path, name)
         assert (got.double() - best).abs().max() < 1e-5 * (1 + S[0])
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] <= rank
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] <= min(rank, 6)
 
 
 @pytest.mark.parametrize("trained", ("embed.weight", "proj.weight", "block.q_proj.bias", "token"))

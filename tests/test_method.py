@@ -599,7 +599,7 @@ def left(adapters):
 
 
 @pytest.mark.parametrize("gate,edges", [*product(GATES[:2], EDGES)])
-@pytest.mark.parametrize("budget", (0.5, 2, 3.3, 1000))
+@pytest.mark.parametrize("budget", (0.02, 0.5, 2, 3.3, 1000))
 def test_the_budget_keeps_what_a_sort_by_hand_keeps(gate, edges, budget):
     (_, adapters), pairs = adapted(4, gate=gate, edges=edges, budget=budget), []
     adapters.prune(1.0)
@@ -608,7 +608,7 @@ def test_the_budget_keeps_what_a_sort_by_hand_keeps(gate, edges, budget):
             for slot in graph.hears[l].sum(1).nonzero()[:, 0]:
                 strength = gate_strength({name: p[slot] for name, p in layer.gate.items()})
                 pairs += zip(strength.tolist(), (graph.sign[l, slot] != 0).tolist())
-    count = min(len(pairs), round(budget * 8))       # 4 layers of each of two kinds
+    count = min(len(pairs), max(1, round(budget * 8)))           # 4 layers of each of two kinds
     wanted = [True] * count + [False] * (len(pairs) - count)
     assert [kept for _, kept in sorted(pairs, reverse=True)] == wanted and left(adapters) == count
     for name, update in all_updates(adapters).items():           # what was removed has left the sum

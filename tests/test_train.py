@@ -194,7 +194,8 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
 @pytest.mark.parametrize("script", (train_vit, train_llama, train_llava))
 @pytest.mark.parametrize("arguments", (
     "--rank 0", "--rank x", "--rank 100000", "--alpha 0", "--alpha nan", "--dropout 1", "--beta -1",
-    "--budget 0", "--budget 2 --gate none", "--edges ring", "--gate relu", "--coordinator mlp",
+    "--budget 0", "--budget 2 --gate none", "--budget 2 --gate foo", "--edges ring",
+    "--gate relu", "--coordinator mlp",
     "--targets ,", "--targets nosuch_proj", "--method qlora", "--shots 0", "--fraction 1.1",
     "--shots 1 --fraction 0.5", "--steps 0", "--lr -1", "--lr nan", "--batch-size 0", "--seed -1",
     "--seed 99999999999999999999999", "--accumulate 0", "--save-every 0", "--dtype float16",
