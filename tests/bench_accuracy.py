@@ -453,7 +453,7 @@ def show(lines: dict, name: str, folder: Path) -> None:
 
 def svg(parts: list[str], height: int) -> str:
     """A figure on white ground; text stays text."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{height}" font-family='
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{height}" font-family='
             '"sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>\n'
             + "\n".join(parts) + "\n</svg>\n")
 
