@@ -706,7 +706,8 @@ class StructLoRA:
                                       "cosine_matrix", "mixing")}
         drift, cosines, gradient_cosines = 0.0, [], []
         for graph in self.graphs:
-            gates, shape = graph.stacked()[2], list(graph.layers[0].weight.shape)
+            parts, shape = graph.stacked(), list(graph.layers[0].weight.shape)
+            gates = parts[2]
             kind = kind_of(graph.names[0])
             kind += f" {shape}" * (kind in result["mixing"])     # the same kind in another shape
             A, B, weight, _ = graph.stack(torch.float32, random=False, probes=False)
@@ -718,7 +719,7 @@ class StructLoRA:
             cosines += cosine.diagonal(1).tolist()
             if graph.gradient.any():
                 gradient_cosines += graph.gradient_cosine().diagonal(1).tolist()
-            mixing = torch.einsum("ls,lsj->lj", graph.mixing(*graph.stacked()), graph.hears)
+            mixing = torch.einsum("ls,lsj->lj", graph.mixing(*parts), graph.hears)
             result["cosine_matrix"][kind], result["mixing"][kind] = cosine, mixing
             values = thin_svd(B, A)[1]                           # [L, R]
             share = values / values.sum(1, keepdim=True).clamp_min(1e-30)
@@ -900,10 +901,11 @@ def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = N
     scores = {key: f"{value:.3f}" for key, value in scores.items()}
     if not adapters:
         return {"method": name} | scores
-    kept = [A.shape[0] for _, A in adapters.factors().values()]
+    told = adapters.diagnostics()
+    kept, rate = told["kept"].values(), sum(told["rate"].values())
     slots = sum(int(graph.hears.sum()) for graph in adapters.graphs) * adapters.config.rank
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
-    rate, times = sum(adapters.diagnostics()["rate"].values()), sorted(line["ms"] for line in lines)
+    times = sorted(line["ms"] for line in lines)
     return {"method": name, "trainable": f"{trainable:,}",
             "merged rank": f"{sum(kept) / len(kept):.1f}"} | scores | {
             "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{slots}",

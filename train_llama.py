@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import structlora
 from structlora import Config, attach, load_torch, make_config, reading, write
-from train_vit import batch_indices, choose, compare, pretrain, warmup_cosine
+from train_vit import autocast, batch_indices, choose, compare, pretrain, warmup_cosine
 
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
 RATES = {"lora": 4e-2, "matched": 2e-2, "hybrid": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
@@ -642,7 +642,6 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
     (rank, world), net = structlora.processes(), model
     if world > 1:                                                # torchrun; the probes end
         net = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
-    autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16")
     model.train()
     for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
         start, total = time.perf_counter(), torch.zeros((), device=args.device)
@@ -654,7 +653,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
         if world > 1:
             torch.distributed.all_reduce(labels)
         for batch in batches:
-            with autocast:           # a mean over all labels; that of the processes is taken later
+            with autocast(args):     # a mean over all labels; that of the processes is taken later
                 loss = losses_of(net, batch).sum() * world / labels
             (loss + adapters.penalty(num_examples) / args.accumulate).backward()         # Eq. 4
             total += loss.detach() / world
@@ -669,7 +668,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
         lines.append({"step": step + 1, "loss": total.item(),            # waits for the device
                       "ms": 1e3 * (time.perf_counter() - start)})
         structlora.save_run(out, adapters, optimizer, lines, args)
-    with autocast:
+    with autocast(args):
         row = structlora.summary(name, evaluate(model.eval()), adapters, lines)
     if rank == 0:
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
