@@ -39,15 +39,13 @@ form one graph; kinds do not mix. The equations below are repeated where they ar
 
 Where this departs from the paper. (a) It swaps the names A and B; ours are LoRA's and PEFT's. (b)
 Its message sigma(h Theta) acts on vec(dW): Theta would have (d k)^2 entries, and nothing could be
-merged exactly; we keep the linear residual part and put what is learned into the attention. Its
-features are sketches without a gradient: attention should weigh the updates, not pull on them. (c)
-It leaves the noise model and N open: beta = 1 would be the variational free energy, but with few
-labels that shuts messages which help; hence 0.1. A Gaussian gate is not confined to [0, 1]: B can
-absorb its scale, only mu / sigma matters. (d) The similarity edges settle after EDGES_SETTLE steps:
-each new sender makes the update jump. (e) Edges "all", the default, are ours: the directions of a
-kind form one dictionary, which every layer reads in a random way of its own.
-
-All but the last part of this file, what the scripts share, is the method; it needs torch only.
+merged exactly; we keep the linear residual part and put what is learned into the attention, which
+weighs updates but sends them no gradient. (c) It leaves the noise model and N open: beta = 1, the
+variational free energy, shuts messages which help when labels are few; hence 0.1. A Gaussian gate
+need not lie in [0, 1]: B absorbs its scale, only mu / sigma matters. (d) Similarity edges settle
+after EDGES_SETTLE steps: each new sender makes the update jump. (e) Edges "all", the default, are
+ours: the directions of a kind form one dictionary, which each layer reads in its own random way.
+The last part of this file is what the scripts share; all before it is the method.
 """
 
 import argparse
@@ -92,8 +90,7 @@ class Config:
     gate: str = "gaussian"           # "gaussian" (Eq. 3), "concrete" (Eq. 9) or "none"
     beta: float = 0.1                # weight of the rate (Eq. 4); 1 is the variational free energy
     coordinator: str = "attention"   # "attention" (Eq. 5), "uniform" (a = 1 / degree) or "none"
-    edges: str = "all"               # or "hybrid", "depth", "similarity" (Eq. 6). "all" gains more
-    #                                  where sharing gains at all: see tests/results/README.md
+    edges: str = "all"               # or "hybrid", "depth", "similarity" (Eq. 6)
     budget: float | None = None      # directions that a layer keeps in the mean (Eq. 8)
 
     def __post_init__(self):
@@ -157,8 +154,7 @@ def gate_draw(gates: tuple[torch.Tensor, ...], samples: int) -> torch.Tensor:
 class LoRALinear(nn.Linear):
     """A frozen linear layer and its update, Eq. 1 in the form of Eq. 7: x [N, ..., k] of N samples
     -> [N, ..., d]. It takes over the frozen weight [d, k] and bias [d] themselves, and owns A
-    [r, k], B [d, r] and the gates [S, r] of the messages that it gets before each pass of the
-    model."""
+    [r, k], B [d, r] and the gates [S, r] of the messages that it hears."""
 
     def __init__(self, linear: nn.Linear, config: Config, slots: int):
         d, k = linear.weight.shape
@@ -171,8 +167,9 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.to(linear.weight.device).train(linear.training)
         self.config, self.disabled = config, 0
-        self.message = None          # (A [R, k], B [d, R], gates to draw [R] or none), Eq. 7
-        self.last = self.ask = None          # the last one with gradients; LayerGraph.messages
+        self.message = None      # in a pass: (A [R, k], B [d, R], gates to draw [R] or none), Eq. 7
+        self.last = None         # the last one with gradients
+        self.ask = None          # LayerGraph.messages, for what is called outside a pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Two products of width R = r (1 + degree) beside the frozen one: nothing of size d k."""
@@ -279,8 +276,10 @@ class LayerGraph(nn.Module):
             if gates and not random:
                 weight = weight * gate_mean(gates)
             elif gates:
-                drawn = [gates["phi"]] if "phi" in gates else [gates["mu"],
-                                                               gates["log_sigma"].exp()]
+                if "phi" in gates:
+                    drawn = [gates["phi"]]
+                else:
+                    drawn = [gates["mu"], gates["log_sigma"].exp()]
                 drawn = [gate.flatten(1).to(dtype) for gate in drawn]
             A, B = self.gather(A.to(dtype), B.to(dtype))
             weight = weight.flatten(1).to(dtype)                                 # [L, R = S r]
@@ -388,11 +387,11 @@ def find_targets(model: nn.Module, targets: tuple) -> dict[str, nn.Linear]:
     """name -> nn.Linear of all layers to adapt. Raises ValueError for a target without any."""
     modules, found = {name: module for name, module in model.named_modules() if name}, {}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    there = ", ".join(sorted({kind_of(name) for name in linears})) or "none"
     for target in targets:
         matches = [name for name in modules if f".{name}".endswith(f".{target}")]
         if not linears.keys() & set(matches):
             kind = type(modules[matches[0]]).__name__ if matches else "nothing"
+            there = ", ".join(sorted({kind_of(name) for name in linears})) or "none"
             raise ValueError(f"{target!r} names {kind}, no nn.Linear; the model has: {there}")
         found |= {name: linears[name] for name in matches if name in linears}
     return found
@@ -403,7 +402,7 @@ def refusal(model: nn.Module, name: str, linear: nn.Linear, rank: int) -> str | 
     weight, parent = linear.weight, model.get_submodule(name.rpartition(".")[0])
     owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if type(weight) is not nn.Parameter or weight.is_meta or weight.dtype not in (
-            torch.float32, torch.float16, torch.bfloat16, torch.float64) or not owners:
+            torch.float32, torch.float16, torch.bfloat16, torch.float64):
         return (f"its weight, a {type(weight).__name__} of {weight.dtype} on {weight.device}, is "
                 "quantised, sharded, computed or not in memory")
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
@@ -500,10 +499,10 @@ class StructLoRA:
         gates = [p for layer in layers for p in layer.gate.values()]
         if gate_lr is None:
             gate_lr = 0.05 if self.config.budget else 0.01
-        for params, rate, decay in ((factors, lr, weight_decay), (mixing, lr, 0.0),
-                                    (gates, gate_lr, 0.0)):
+        for params, own_lr, decay in ((factors, lr, weight_decay), (mixing, lr, 0.0),
+                                      (gates, gate_lr, 0.0)):
             if params := [p for p in params if p.requires_grad]:
-                groups.append({"params": params, "lr": rate, "weight_decay": decay})
+                groups.append({"params": params, "lr": own_lr, "weight_decay": decay})
         return groups
 
     def penalty(self, num_examples: int) -> torch.Tensor:
@@ -591,8 +590,7 @@ class StructLoRA:
         merged = {}
         for name, (B, A) in self.factors().items():
             weight = self.layers[name].weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            merged[name] = (weight.to(wide) + (B @ A).to(wide)).to(weight.dtype)         # W0 + s dW
+            merged[name] = (weight + B @ A).to(weight.dtype)     # W0 + s dW, and a sum in fp32
         check_finite(merged)
         for name, weight in merged.items():
             self.layers[name].weight.copy_(weight)
@@ -670,7 +668,7 @@ class StructLoRA:
             if taken:
                 raise ValueError(f"PEFT cannot carry {name}, trained beside the adapters: it would "
                                  f"take {', '.join(taken[:3])} for it too; use save() or merge()")
-            tensors[name] = state[name].clone()
+            tensors[name] = state[name]
         for name, (B, A) in self.factors().items():
             r = min(rank or len(A), len(B), A.shape[1])          # no update has more
             if r < len(A):                                       # Eckart-Young
@@ -678,8 +676,8 @@ class StructLoRA:
                 B, A = U[:, :r] * S[:r].sqrt(), S[:r, None].sqrt() * Vh[:r]
             if not A.shape[0]:                                   # PEFT knows no rank 0
                 B, A = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
-            tensors[f"{name}.lora_A.weight"] = A.float().contiguous()
-            tensors[f"{name}.lora_B.weight"] = B.float().contiguous()
+            tensors[f"{name}.lora_A.weight"] = A.float()
+            tensors[f"{name}.lora_B.weight"] = B.float()
             ranks[name] = A.shape[0]
         check_finite(tensors)
         largest = max(ranks.values())        # is r, because some servers check r alone
@@ -689,8 +687,7 @@ class StructLoRA:
                   "r": largest, "lora_alpha": largest,           # a scaling of 1 everywhere
                   "rank_pattern": smaller, "alpha_pattern": smaller, "target_modules": list(ranks),
                   "modules_to_save": sorted({n.rpartition(".")[0] for n in trained}) or None,
-                  "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False,
-                  "inference_mode": True}
+                  "bias": "none", "inference_mode": True}
         write(Path(directory, "adapter_model.bin"),
               {f"base_model.model.{name}": tensor for name, tensor in tensors.items()})
         write(Path(directory, "adapter_config.json"), json.dumps(config, indent=2))
@@ -702,23 +699,23 @@ class StructLoRA:
         sum_l ||u_{l+1} - u_l||^2 over the chains, u_l = vec(s dW_l). update_cosine, gradient_cosine
         (of the first steps): means over adjacent layers, None where unknown. cosine_matrix, mixing:
         kind -> [L, L]."""
-        result = {key: {} for key in ("rate", "gate_mean", "kept", "effective_rank",
-                                      "cosine_matrix", "mixing")}
-        drift, cosines, gradient_cosines = 0.0, [], []
+        keys = ("rate", "gate_mean", "kept", "effective_rank", "cosine_matrix", "mixing")
+        result, drift = {key: {} for key in keys}, 0.0
+        cosines = {"update_cosine": [], "gradient_cosine": []}
         for graph in self.graphs:
-            parts, shape = graph.stacked(), list(graph.layers[0].weight.shape)
+            parts, kind = graph.stacked(), kind_of(graph.names[0])
             gates = parts[2]
-            kind = kind_of(graph.names[0])
-            kind += f" {shape}" * (kind in result["mixing"])     # the same kind in another shape
+            if kind in result["mixing"]:                         # the same kind in another shape
+                kind += f" {list(graph.layers[0].weight.shape)}"
             A, B, weight, _ = graph.stack(torch.float32, random=False, probes=False)
             gram = torch.stack([(b.mT @ B * (a @ A.mT)).sum((1, 2))      # <u_l, u_j>, no [d, k]
                                 for a, b in zip(A, B)])                  # [L, L]
             norm = gram.diagonal().clamp_min(0).sqrt()
             cosine = gram / (norm[:, None] * norm).clamp_min(1e-30)
             drift += float((norm[1:]**2 + norm[:-1]**2 - 2 * gram.diagonal(1)).sum())
-            cosines += cosine.diagonal(1).tolist()
+            cosines["update_cosine"] += cosine.diagonal(1).tolist()
             if graph.gradient.any():
-                gradient_cosines += graph.gradient_cosine().diagonal(1).tolist()
+                cosines["gradient_cosine"] += graph.gradient_cosine().diagonal(1).tolist()
             mixing = torch.einsum("ls,lsj->lj", graph.mixing(*parts), graph.hears)
             result["cosine_matrix"][kind], result["mixing"][kind] = cosine, mixing
             values = thin_svd(B, A)[1]                           # [L, R]
@@ -731,10 +728,9 @@ class StructLoRA:
                 mean = (gate_mean(gates) * present).sum((1, 2)) / present.sum((1, 2)).clamp_min(1)
                 result["rate"] |= zip(graph.names, graph.rates().tolist())
                 result["gate_mean"] |= zip(graph.names, mean.tolist())
-        result |= {"drift_energy": drift, "update_cosine": None, "gradient_cosine": None}
-        for key, values in (("update_cosine", cosines), ("gradient_cosine", gradient_cosines)):
+        for key, values in cosines.items():
             result[key] = sum(values) / len(values) if values else None
-        return result
+        return result | {"drift_energy": drift}
 
 
 def thin_svd(B: torch.Tensor, A: torch.Tensor) -> tuple:
@@ -797,28 +793,27 @@ def write(path: str | Path, value: Any) -> None:
 
 STOP = []                            # not empty once Ctrl-C was pressed
 TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
-TYPES = {"alpha": float, "budget": float, "fraction": float, "lr": float, "shots": int,
-         "image_size": int, "num_heads": int}        # of options without a default
-RUN = {"alpha": None,                # 2 * rank
-       "targets": ",".join(Config.targets), "method": "structlora", "checkpoint": None,
-       "data": None, "shots": None, "fraction": None,       # labelled examples of a class
-       "lr": None, "accumulate": 1, "seed": 0, "save_every": 100, "resume": False, "merge": False,
-       "eval_only": False, "dtype": None, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+RUN = {"targets": ",".join(Config.targets), "method": "structlora", "accumulate": 1, "seed": 0,
+       "save_every": 100, "resume": False, "merge": False, "eval_only": False,
+       "device": "cuda" if torch.cuda.is_available() else "cpu",
+       "alpha": float, "budget": float, "shots": int, "fraction": float, "lr": float,
+       "checkpoint": str, "data": str, "dtype": str}         # a type: no default
 
 
 def options(description: str, **own) -> argparse.Namespace:
     """The options of a script, checked: the fields of Config, those of every run, and its `own`
-    (name=default). Joins the processes that torchrun started."""
+    (name=default, or a type). Joins the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
         flag = f"--{name.replace('_', '-')}"
-        kind = TYPES.get(name, str if default is None else type(default))
         if default is False:
             parser.add_argument(flag, action="store_true")
+        elif isinstance(default, type):
+            parser.add_argument(flag, type=default)
         else:
-            parser.add_argument(flag, type=kind, default=default)
+            parser.add_argument(flag, type=type(default), default=default)
     args = parser.parse_args()
     cuda = args.device.startswith("cuda")
     args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
@@ -834,13 +829,19 @@ def options(description: str, **own) -> argparse.Namespace:
     if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
         raise ValueError("--checkpoint and --data go together; --eval-only needs them")
     make_config(args, "structlora")
+    out = Path(args.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {args.out}: cannot be written")
     if "WORLD_SIZE" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
         dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
     args.processes = processes()[1]
-    with reading(f"--device {args.device}"):
+    try:
         torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {error}") from None
     return args
 
 

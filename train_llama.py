@@ -38,7 +38,7 @@ from structlora import Config, attach, load_torch, make_config, reading, write
 from train_vit import autocast, batch_indices, choose, compare, pretrain, warmup_cosine
 
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
-RATES = {"lora": 4e-2, "matched": 2e-2, "hybrid": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
+LEARNING_RATES = {"lora": 4e-2, "matched": 2e-2, "hybrid": 4e-2, "all": 2e-2, "checkpoint": 3e-4}
 
 
 # --- Model: names and rotary layout are Hugging Face's, so that exported adapters fit its models
@@ -158,21 +158,18 @@ class Llama(nn.Module):
         """What --merge writes beside the weights."""
         return {"llama": asdict(self.config)}
 
-    def forward(self, tokens=None, embeddings=None, real=None, cache=None, select=None):
+    def forward(self, tokens=None, embeddings=None, cache=None, select=None):
         """Logits [N, T, V]. embeddings [N, T, D] may stand in for tokens. cache: {} at first; keeps
-        keys and values for the tokens of the next call. real [N, S] bool is False at padding on the
-        left (S = T and what the cache holds), which is not attended to; padding on the right needs
-        none. select [N, T] bool: logits [M, V] of the M places marked, row by row."""
+        keys and values for the tokens of the next call. select [N, T] bool: logits [M, V] of the M
+        places marked, row by row. Causal: padding on the right of short rows needs no mask."""
         x = self.model.embed_tokens(tokens) if embeddings is None else embeddings
         T, past, mask = x.shape[1], cache[0][0].shape[2] if cache else 0, None
         key = torch.arange(past + T, device=x.device)                            # [S]
         query = key[past:, None]                     # [T, 1]; only differences of positions count
         angle = query * rotary_frequencies(self.config, x.device)
         rotary = angle.cos(), angle.sin()                                        # [T, d/2]
-        if past and T > 1 or real is not None:
+        if past and T > 1:
             mask = key <= query                                                  # [T, S]
-        if real is not None:                 # a padded query sees itself: an empty row would be NaN
-            mask = mask & real[:, None, None] | (key == query)                   # [N, 1, T, S]
         for block in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
@@ -274,6 +271,8 @@ def huggingface_config(path: Path) -> LlamaConfig:
     """Sizes from config.json; what this model has no part for is refused, not ignored."""
     with reading(path):
         c = {"model_type": "llama", "hidden_act": "silu"} | json.loads(path.read_text())
+        if "text_config" in c:
+            raise ValueError("the layout of llava-hf: not supported")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}   # transformers 5, before
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if foreign := {c["model_type"], c["hidden_act"], kind} - {"llama", "llava", "llava_llama",
@@ -298,6 +297,8 @@ def load_tokenizer(path: str | Path) -> "Bytes":
     path = Path(path)
     path = path / "tokenizer.model" if path.is_dir() else path
     with reading(path):
+        if not path.is_file():
+            raise ValueError("is not there: name the model's with --tokenizer")
         data = path.read_bytes()
         return SentencePiece(data) if data[:1] == b"\n" else Tiktoken(data)
 
@@ -556,15 +557,15 @@ def evaluate(model: Llama, tokenizer: Bytes, test: list[Example], args) -> dict[
 
 @torch.no_grad()
 def generate(model: Llama, tokens: torch.Tensor, max_new_tokens: int, temperature: float = 0.0,
-             eos_id: int | None = None, real=None, embeddings=None) -> torch.Tensor:
+             eos_id: int | None = None, embeddings=None) -> torch.Tensor:
     """tokens [N, T] and at most max_new_tokens after them: greedy at temperature 0, else sampled;
-    after eos_id a row is filled with it. real [N, T] bool is False at padding, on the left of short
-    prompts; embeddings [N, T, D] may stand in for the prompt. In training mode gates are random."""
+    after eos_id a row is filled with it. embeddings [N, T, D] may stand in for the prompts, which
+    are of one length. In training mode gates are random."""
     cache, new = {}, tokens
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         last = torch.arange(new.shape[1], device=new.device) == new.shape[1] - 1
-        logits = model(tokens=new, embeddings=embeddings, real=real, cache=cache,
+        logits = model(tokens=new, embeddings=embeddings, cache=cache,
                        select=last.expand_as(new)).float()                       # [N, V]
         new, embeddings = logits.argmax(-1, keepdim=True), None                  # [N, 1]
         if temperature > 0:
@@ -573,7 +574,6 @@ def generate(model: Llama, tokens: torch.Tensor, max_new_tokens: int, temperatur
             new = new.masked_fill(ended[:, None], eos_id)
             ended |= new[:, 0] == eos_id
         tokens = torch.cat([tokens, new], 1)
-        real = None if real is None else F.pad(real, (0, 1), value=True)
         if ended.all():
             break
     return tokens
@@ -688,7 +688,7 @@ def check_vocabulary(model: Llama, tokenizer: Any, path: str | Path) -> None:
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=200, batch_size=16, out="out/llama",
-                              tokenizer=None, max_length=512, gradient_checkpointing=False)
+                              tokenizer=str, max_length=512, gradient_checkpointing=False)
     out, path, tokenizer, shots = Path(args.out), args.checkpoint, Bytes(), args.shots
     load = functools.partial(load_llama, dtype=getattr(torch, args.dtype), device=args.device)
     if path:
@@ -706,9 +706,10 @@ def main() -> None:
                                                       args.max_length, eos=bool(e.prompt))]
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
-    def run(model: Llama, method: str, name: str, rate: str, **changes) -> dict[str, str]:
-        return fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate], model,
-                         rows, score, name, out if args.checkpoint else out / rate)
+    def run(model: Llama, method: str, name: str, which: str, **changes) -> dict[str, str]:
+        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
+        return fine_tune(args, config, lr, model, rows, score, name,
+                         out if args.checkpoint else out / which)
 
     attach(model, make_config(args, args.method)).detach()       # refused before a file is written
     if not path:

@@ -37,7 +37,7 @@ from structlora import attach, load_torch, make_config, reading
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Tuned on the demo with seeds 100 to 105, not those reported; a checkpoint's is LLaVA's own.
-RATES = {"lora": 2e-2, "matched": 5e-3, "hybrid": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
+LEARNING_RATES = {"lora": 2e-2, "matched": 5e-3, "hybrid": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -87,14 +87,13 @@ class Llava(llama.Llama):
         self.model.mm_projector = nn.Sequential(
             nn.Linear(vision.width, config.dim), nn.GELU(), nn.Linear(config.dim, config.dim))
 
-    def forward(self, images=None, tokens=None, embeddings=None, real=None, cache=None,
-                select=None):
+    def forward(self, images=None, tokens=None, embeddings=None, cache=None, select=None):
         # generate() gives a prompt as embeddings, and then tokens to what the cache holds.
         if embeddings is None and cache is None:
             embeddings, ends = self.splice(images, tokens)
             if select is not None:                               # where the token's last place is
                 select = select.new_zeros(embeddings.shape[:2]).scatter(1, ends, select)
-        return super().forward(tokens, embeddings, real, cache, select)
+        return super().forward(tokens, embeddings, cache, select)
 
     def splice(self, images, tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [N, S, D], and the last place of each token in them [N, T]. Raises ValueError
@@ -265,7 +264,6 @@ def parse_conversation(record: dict) -> Example:
     """{"image": file, "conversations": [{"from": "human" or "gpt", "value": text}]}; the picture
     goes before the text of the first question, as in LLaVA's own training."""
     turns, image = record["conversations"], record.get("image")
-    turns = turns[turns[0]["from"] == "system":]
     texts = [string(turn["value"]) for turn in turns]
     pictures = [text.count("<image>") for text in texts]
     if ([turn["from"] for turn in turns] != ["human", "gpt"] * max(1, len(turns) // 2)
@@ -538,8 +536,8 @@ def pretrained(args, steps: int = 600) -> Path:
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(
-        __doc__, rank=2, steps=200, batch_size=16, out="out/llava", vision_checkpoint=None,
-        tokenizer=None, images=None, test_examples=2000, tune_projector=False, tune_vision=False,
+        __doc__, rank=2, steps=200, batch_size=16, out="out/llava", vision_checkpoint=str,
+        tokenizer=str, images=str, test_examples=2000, tune_projector=False, tune_vision=False,
         gradient_checkpointing=False)
     if not args.tune_vision:         # where the language model's are called self_attn, its attn
         args.targets = re.sub(r"(?<![\w.])([qkvo]_proj)\b", r"self_attn.\1", args.targets)
@@ -561,9 +559,10 @@ def main() -> None:
     test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
-    def run(model: Llava, method: str, name: str, rate: str, **changes) -> dict[str, str]:
-        return llama.fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate],
-                               model, rows, score, name, out if args.checkpoint else out / rate,
+    def run(model: Llava, method: str, name: str, which: str, **changes) -> dict[str, str]:
+        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
+        return llama.fine_tune(args, config, lr, model, rows, score, name,
+                               out if args.checkpoint else out / which,
                                functools.partial(collate, vision=model.vision), losses_of,
                                [model.model.mm_projector] * args.tune_projector)
 

@@ -33,7 +33,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}         # DeiT
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
-RATES = {"lora": 1e-2, "matched": 7e-3, "hybrid": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
+LEARNING_RATES = {"lora": 1e-2, "matched": 7e-3, "hybrid": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
 # --- Model
@@ -147,7 +147,8 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
         structlora.check_finite(t)
         width, _, patch, _ = t["patch_embed.weight"].shape
         depth = len([key for key in t if key.endswith("norm1.weight")])
-        heads = num_heads or known.pop("heads", 16 if (width, depth) == (1280, 32) else width // 64)
+        heads = known.pop("heads", 16 if (width, depth) == (1280, 32) else width // 64)
+        heads = num_heads or heads
         if num_classes not in (None, len(t.get("head.weight", ()))):
             print(f"{path}: a new head for {num_classes} classes")
             t = {key: value for key, value in t.items() if not key.startswith("pre_logits")}
@@ -165,7 +166,7 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
             model = ViT(ViTConfig(grid * patch, patch, width, depth, heads or 1,
                                   len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
         model.load_state_dict(t, assign=True)
-    return model.requires_grad_(True)
+    return model
 
 
 def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -252,9 +253,7 @@ def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
 
 def take(data: tuple, indices: torch.Tensor) -> tuple:
     """The examples of these indices."""
-    images, labels = data
-    chosen = [images[i] for i in indices] if isinstance(images, list) else images[indices]
-    return chosen, labels[indices]
+    return data[0][indices.tolist()], data[1][indices]
 
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
@@ -298,9 +297,10 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     for part in parts:
         files = sorted(f for f in part.glob("[!.]*/[!.]*") if f.suffix.lower() in PICTURES)
         if not files:
-            raise ValueError(f"{part}: neither CIFAR binaries nor a folder of images per class")
+            raise ValueError(f"{part}: no folder of CIFAR binaries, or of one of images per class")
         names = names or sorted({file.parent.name for file in files})
-        data.append((files, torch.tensor([names.index(file.parent.name) for file in files])))
+        labels = torch.tensor([names.index(file.parent.name) for file in files])
+        data.append((np.array(files), labels))
     return data, names
 
 
@@ -435,7 +435,7 @@ def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
 # --- Training
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the peak rate: linear warmup over the first 6% of the steps, then cosine to 0."""
+    """Factor on the learning rate: linear warmup over 6% of the steps, then cosine to 0."""
     warmup = max(1, round(0.06 * steps))
     rest = (step - warmup) / max(1, steps - warmup)
     return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
@@ -514,7 +514,7 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
 def compare(args, model: nn.Module, load, run, score) -> None:
     """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
     method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
-    scores, run(model, method, name, rate, **changes of Config) a row."""
+    scores, run(model, method, name, which learning rate, **changes of Config) a row."""
     adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
     inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
     if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
@@ -537,16 +537,17 @@ def compare(args, model: nn.Module, load, run, score) -> None:
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
     args = structlora.options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
-                              image_size=None, num_heads=None)   # the checkpoint's
+                              image_size=int, num_heads=int)     # the checkpoint's
     out, path, shots, classes = Path(args.out), args.checkpoint, args.shots, 10
 
     def load() -> ViT:
         model = load_vit(path, classes, args.image_size, args.num_heads)
         return model.to(args.device, getattr(torch, args.dtype))
 
-    def run(model: ViT, method: str, name: str, rate: str, **changes) -> dict[str, str]:
-        return fine_tune(args, make_config(args, method, **changes), args.lr or RATES[rate], model,
-                         train, test, name, out if args.checkpoint else out / rate)
+    def run(model: ViT, method: str, name: str, which: str, **changes) -> dict[str, str]:
+        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
+        return fine_tune(args, config, lr, model, train, test, name,
+                         out if args.checkpoint else out / which)
 
     if path:
         train, test, names = read_images(args.data)
@@ -560,7 +561,7 @@ def main() -> None:
         model, shots = small_vit(), shots or (None if args.fraction else 50)
     train = take(train, choose(train[1], shots, args.fraction, args.seed))
     attach(model, make_config(args, args.method)).detach()       # refused before files are written
-    if isinstance(train[0], list):
+    if isinstance(train[0], np.ndarray):                         # files
         size = model.config.image_size
         train, test = ((torch.stack([square(file, size) for file in files]), labels)
                        for files, labels in (train, test))

@@ -15,15 +15,17 @@ ViT pretrained on drawn pictures, adapted to their inverted colours; nats and ac
 demo of train_llava.py, questions on drawn scenes; nats an answer token and VQA accuracy.
 
 A seed draws the labelled examples, the initial factors, the random signs and the order of the
-batches, the same for every method, so that differences pair. All seeds and rates of a method run as
-one batch (torch.vmap). Rates are factors of two; while the best (mean loss over the seeds) lies at
-an edge, the next one is run too; for one half of the seeds it is chosen on the other half.
+batches, the same for every method, so that differences pair. All seeds and learning rates ("rates"
+here) of a method run as one batch (torch.vmap). They double from one to the next; while the best
+(mean loss over the seeds) lies at an edge, the next one is run too; for one half of the seeds it is
+chosen on the other half.
 Intervals are 95% of the paired difference to LoRA (Student's t); p is Holm's over the table. Every
 run is a line of SIZE.jsonl; what is there is not run again.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -195,78 +197,56 @@ class Task:
 # --- Other people's methods
 
 class Others:
-    """DoRA (Liu et al. 2024), AdaLoRA (Zhang et al. 2023) or SHiRA (Bhardwaj et al. 2024) on q_proj
-    and v_proj, with the ways of StructLoRA's handle. A forward hook adds the update s dW, s = 2."""
+    """PEFT's DoRA (Liu et al. 2024) and AdaLoRA (Zhang et al. 2023), and SHiRA (Bhardwaj et al.
+    2024), of which vmap cannot take PEFT's sparse tensors; with the ways of StructLoRA's handle."""
 
-    def __init__(self, model: nn.Module, kind: str, rank: int):
-        self.kind, self.layers, self.memory = kind, [], {}
-        r = math.ceil(1.5 * rank) if kind == "AdaLoRA" else rank         # it prunes from 1.5 r to r
-        for name, layer in model.requires_grad_(False).named_modules():
-            if name.endswith(Config.targets):
-                (d, k), W = layer.weight.shape, layer.weight.detach().float().cpu()
-                new = {"A": torch.empty(r, k).uniform_(-1, 1) / k**0.5, "B": torch.zeros(d, r)}
-                if kind == "DoRA":
-                    new["norm"] = W.norm(dim=1)
-                elif kind == "AdaLoRA":      # P diag(lambda) Q, with lambda = 0 at the start
-                    new |= {"B": 0.02 * torch.randn(d, r), "norm": torch.zeros(r)}
-                else:                        # as many weights as LoRA trains, at random places
-                    places = torch.randperm(d * k)[:r * (d + k)].to(layer.weight.device)
-                    layer.register_buffer("places", places)
-                    new = {"A": torch.zeros(r * (d + k))}
-                for key, value in new.items():
-                    layer.register_parameter(key, nn.Parameter(value.to(layer.weight.device)))
-                layer.register_forward_hook(self.update)
-                self.layers.append(layer)
+    def __init__(self, model: nn.Module, kind: str, rank: int, steps: int):
+        self.model, self.kind, self.steps = model.requires_grad_(False), kind, steps
+        if kind == "SHiRA":
+            for name, layer in model.named_modules():
+                if name.endswith(Config.targets):
+                    self.sparse(layer, rank * sum(layer.weight.shape))
+            return
+        import peft
+        make, more = peft.LoraModel, {"target_modules": list(Config.targets), "use_dora": True}
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, **more)
+        if kind == "AdaLoRA":        # from 1.5 r to r directions a layer, in 10% to 70% of training
+            make, r = peft.AdaLoraModel, math.ceil(1.5 * rank)
+            config = peft.AdaLoraConfig(
+                init_r=r, target_r=rank, lora_alpha=2 * r, tinit=steps // 10, deltaT=1,
+                tfinal=3 * steps // 10, total_step=steps, target_modules=list(Config.targets))
+        self.tuner = make(model, config, "default")
 
-    def update(self, layer: nn.Linear, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
-        """The layer's output with dW."""
-        W, A, x = layer.weight, layer.A, inputs[0]                       # W, delta [d, k]
-        if self.kind == "SHiRA":
-            delta = A.new_zeros(W.numel()).index_put((layer.places,), A).view_as(W)
-        else:
-            delta = 2 * (layer.B * layer.norm if self.kind == "AdaLoRA" else layer.B) @ A
-        y = y + F.linear(x, delta.to(x.dtype))
-        if self.kind == "DoRA":              # by rows of W + delta, without a gradient
-            share = layer.norm / (W.float() + delta.detach()).norm(dim=1)
-            bias = 0 if layer.bias is None else layer.bias
-            y = (y - bias) * share.to(x.dtype) + bias
-        return y
+    def sparse(self, layer: nn.Linear, count: int) -> None:
+        """`count` weights at random places, as many as LoRA trains, for a layer's dW."""
+        W = layer.weight
+        layer.register_buffer("places", torch.randperm(W.numel())[:count].to(W.device))
+        layer.delta = nn.Parameter(torch.zeros(count, device=W.device))
+
+        def update(layer, inputs, y):
+            delta = layer.delta.new_zeros(W.numel()).index_put((layer.places,), layer.delta)
+            return y + 2 * F.linear(inputs[0], delta.view_as(W).to(y.dtype))
+        layer.register_forward_hook(update)
 
     def param_groups(self, lr: float) -> list[dict]:
-        new = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
-        return [{"params": new, "lr": lr}]
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": lr}]
 
     def observe_gradients(self) -> None:
         pass
 
     def penalty(self, count: int) -> torch.Tensor:
-        """AdaLoRA's 0.1 |P^T P - I|^2 + 0.1 |Q Q^T - I|^2 over its layers."""
-        total = torch.zeros((), device=self.layers[0].A.device)
-        for layer in self.layers if self.kind == "AdaLoRA" else ():
-            for product in (layer.B.T @ layer.B, layer.A @ layer.A.T):
-                one = torch.eye(len(product), device=total.device)
-                total = total + 0.1 * (product - one).square().sum()
+        """AdaLoRA's 0.1 |P^T P - I| + 0.1 |Q Q^T - I| over its layers, which PEFT adds itself only
+        to models that give a loss."""
+        total = torch.zeros(())
+        for name, p in self.model.named_parameters() if self.kind == "AdaLoRA" else ():
+            if "lora_A" in name or "lora_B" in name:             # [r, k] or [d, r]
+                product = p @ p.T if "lora_A" in name else p.T @ p
+                total = total + 0.1 * (product - torch.eye(len(product)).to(p)).norm()
         return total
 
-    @torch.no_grad()
     def prune(self, progress: float) -> None:
-        """AdaLoRA keeps the directions of largest smoothed sensitivity |w dL/dw| times uncertainty,
-        from 1.5 r to r a layer on a cubic schedule between 10% and 70% of training."""
-        if self.kind != "AdaLoRA":
-            return
-        scores, left = [], (1 - min(1.0, max(0.0, (progress - 0.1) / 0.6))) ** 3
-        for layer in self.layers:
-            for p in (layer.A, layer.B, layer.norm):
-                now, (mean, spread) = (p * p.grad).abs(), self.memory.get(p, (0.0, 0.0))
-                mean = 0.85 * mean + 0.15 * now
-                self.memory[p] = mean, 0.85 * spread + 0.15 * (now - mean).abs()
-            A, B, norm = (torch.mul(*self.memory[p]) for p in (layer.A, layer.B, layer.norm))
-            scores.append(norm + A.mean(1) + B.mean(0))
-        scores = torch.cat(scores)                                       # [L r']
-        best = scores.topk(round(len(scores) * (1 + 0.5 * left) / 1.5)).indices
-        kept = torch.zeros_like(scores).scatter(0, best, 1.0).chunk(len(self.layers))
-        for layer, mask in zip(self.layers, kept):
-            layer.norm *= mask
+        if self.kind == "AdaLoRA":
+            self.tuner.update_and_allocate(round(progress * self.steps))
 
 
 # --- Experiments, E of them at once
@@ -284,7 +264,7 @@ class Experiment(nn.Module):
         rank, budget = factor * rank, factor * rank if "budget" in method else None
         torch.manual_seed(seed)
         if method in OTHERS:
-            self.adapters = Others(self.model, method, rank)
+            self.adapters = Others(self.model, method, rank, steps)
         else:
             config = Config(rank=rank, alpha=2.0 * rank, budget=budget, **changes)
             self.adapters = attach(self.model, config)
@@ -426,7 +406,7 @@ def table(lines: dict) -> list[dict]:
                          "p (Holm)": "", "accuracy": f"{100 * accuracy:.1f}",
                          "parameters": f"{line['trainable'] / lora['trainable']:.2f}",
                          "merged rank": f"{line['merged'][picked]:.1f}" if line["merged"] else "-",
-                         "rate": f"{line['rates'][picked]:.0e}", "ms/step": f"{line['ms']:.2f}",
+                         "lr": f"{line['rates'][picked]:.0e}", "ms/step": f"{line['ms']:.2f}",
                          "gain": difference(line, lora)})
     compared = sorted((r for r in rows if r["method"] != "LoRA"), key=lambda r: r["gain"][2])
     worst = 0.0
@@ -523,7 +503,8 @@ def main() -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("quick", "gpu", "dry", "table"):
         p.add_argument(f"--{flag}", action="store_true")
-    p.add_argument("--cells", nargs="*", default=["text", "vision", "llava", "deep"])
+    kinds = ["text", "vision", "llava", "deep"]
+    p.add_argument("--cells", nargs="*", default=kinds, choices=kinds)
     p.add_argument("--minutes", type=float, default=1e9, help="no run is started after these")
     p.add_argument("--out", default="out/bench", help="where pretrained backbones are kept")
     p.add_argument("--results", type=Path, default=ROOT / "tests" / "results")
@@ -543,6 +524,9 @@ def main() -> None:
         late = time.perf_counter() - began > 60 * args.minutes
         if (*cell, method) in lines or late or cell[0] not in args.cells:
             continue
+        if method in ("DoRA", "AdaLoRA") and not importlib.util.find_spec("peft"):
+            print(f"{method} is left out: PEFT is not installed")
+            continue
         if cell[0] not in tasks:
             tasks[cell[0]] = Task(cell[0], size[cell[0]], args)
         line = finished(tasks[cell[0]], cell, method, size, args)
@@ -556,8 +540,9 @@ def main() -> None:
                 file.write(json.dumps(line) + "\n")
     if args.dry:
         print(f"expected: {total / 60:.0f} minutes beside pretraining, on this machine")
+    order = sorted(lines, key=lambda k: (size["cells"].index(k[:3]), [*METHODS].index(k[3])))
     if lines:
-        show(lines, name, args.results)
+        show({key: lines[key] for key in order}, name, args.results)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python tests/bench_speed.py --quick     ViT-B and a small LLaMA on 2 CPU cores
     python tests/bench_speed.py                               the CPU's geometries, more rounds
     python tests/bench_speed.py --gpu                         ViT-B, LLaMA 1B and 7B shapes, bf16
-    ... --only vit-b llama-7b ops life load tokens compile    some geometries or parts
+    ... --only vit-b llama-7b ops life tokens compile    some geometries or parts
 
 Weights are random, and the same tensors for all methods. The methods take their steps in turn (a
 round), so that a busy machine slows them alike; figures are medians over the rounds, ratios medians
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import structlora
 from structlora import Config, StructLoRA, attach, print_table
-from train_llama import Llama, LlamaConfig, load_llama, load_tokenizer
+from train_llama import Llama, LlamaConfig, load_tokenizer
 from train_vit import ViT, ViTConfig, load_vit, save_vit
 
 RANK = 8
@@ -246,7 +246,7 @@ def main() -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true")
     p.add_argument("--gpu", action="store_true")
-    p.add_argument("--only", nargs="*", default=[])
+    p.add_argument("--only", nargs="*", choices=[*GEOMETRIES, "ops", "life", "tokens", "compile"])
     p.add_argument("--rounds", type=int)
     args = p.parse_args()
     where, device = "gpu" if args.gpu else "cpu", "cuda" if args.gpu else "cpu"

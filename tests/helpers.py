@@ -1,10 +1,13 @@
 """Tiny models, and equations 2, 3, 5 and 6 written a second time as slow sums over matrices."""
 
+import math
 import os
+import re
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from structlora import Config, attach
 
@@ -13,6 +16,13 @@ DATA = Path(__file__).parents[2] / "shared" / "data"     # real data; tests skip
 GATES, COORDINATORS = ("gaussian", "concrete", "none"), ("attention", "uniform", "none")
 EDGES = ("hybrid", "depth", "similarity", "all")
 WIDTH, HIDDEN = 6, 10         # q_proj is 6 -> 10, v_proj 10 -> 6: two kinds that must not mix
+
+
+def readme_code(word):
+    """The block of Python in the README that holds this word."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    block, = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if word in b)
+    return block
 
 
 class Hostile:
@@ -43,6 +53,15 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class Checkpointed(Chain):
+    reentrant = False
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
 class Fan(nn.Module):
     """Layers side by side on one input, so that a test can give each the gradient it wants."""
 
@@ -63,6 +82,16 @@ def chain(layers=3, seed=0, **sizes):
 def inputs(n=5, tokens=3, width=WIDTH, seed=7, dtype=torch.float32):
     shape = (n, tokens, width) if tokens else (n, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def waves(shapes, scale):
+    """name -> weights that depend on no random generator; those of norms are about 1."""
+    weights = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        wave = torch.sin(0.7 * torch.arange(math.prod(shape)).double() ** 1.1 + i).view(shape)
+        is_scale = "norm" in name and name.endswith("weight")
+        weights[name] = (1 + 0.2 * wave if is_scale else scale * wave).float()
+    return weights
 
 
 def adapted(layers=3, seed=0, **config):

@@ -2,6 +2,7 @@
 the statistics, every method runs."""
 
 import argparse
+import importlib.util
 import json
 import xml.etree.ElementTree as ElementTree
 
@@ -86,13 +87,16 @@ def test_scenes_are_scored_as_train_llava_does(tmp_path):
 
 def test_every_method_runs_on_text_and_a_line_is_complete(task):
     lines, task = {}, task("text")
-    for method in bench.METHODS:
+    methods = [*bench.METHODS]
+    if not importlib.util.find_spec("peft"):
+        methods = [method for method in methods if method not in ("DoRA", "AdaLoRA")]
+    for method in methods:
         line = bench.run(task, method, 16, 2, [0, 1, 2, 3], [1e-2, 2e-2], 3)
         line = json.loads(json.dumps({"cell": ["text", 16, 2]} | line))
         lines["text", 16, 2, method] = line
         assert torch.tensor(line["scores"]).isfinite().all() and line["trainable"] > 0
     rows = bench.table(lines)
-    assert [row["method"] for row in rows] == list(bench.METHODS)
+    assert [row["method"] for row in rows] == methods
     four = next(row for row in rows if row["method"] == "LoRA 4r")
     assert four["parameters"] == "4.00" and four["merged rank"] == "8.0"
     ElementTree.fromstring(bench.cosine_figure(lines))

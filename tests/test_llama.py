@@ -7,14 +7,12 @@ import json
 import math
 import re
 import textwrap
-from dataclasses import asdict
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import structlora
-from helpers import DATA, Hostile
+from helpers import DATA, waves
 from structlora import Config, attach
 from train_llama import (Llama, LlamaConfig, generate, load_llama, load_tokenizer, read_checkpoint,
                          rotary_frequencies, rotate)
@@ -46,11 +44,9 @@ def prompt(config, length=40):
 
 
 def model_of(config):
-    """Its weights depend on no random generator."""
     model = Llama(config).eval()
-    for i, (name, tensor) in enumerate(model.named_parameters()):        # tied ones but once
-        wave = torch.sin(0.7 * torch.arange(tensor.numel()).double() ** 1.1 + i).view(tensor.shape)
-        tensor.data = (1 + 0.2 * wave if "norm" in name else 0.3 * wave).float()
+    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}   # tied ones once
+    model.load_state_dict(waves(shapes, 0.3), strict=False)
     return model
 
 
@@ -209,18 +205,6 @@ def test_select_and_embeddings_change_nothing_but_the_work():
     assert embeddings.grad[0, :4].abs().sum(-1).min() > 0 and not embeddings.grad[0, 4:].any()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
-    for on in (False, True):
-        model = model_of(SIZES["grouped"])
-        torch.manual_seed(0)
-        adapters = attach(model, Config(rank=2))
-        model.gradient_checkpointing = on
-        model(prompt(model.config)).logsumexp(-1).mean().backward()
-        gradients.append([layer.B.grad for layer in adapters.layers.values()])
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
-
-
 def test_an_exported_adapter_works_in_transformers_through_peft(tmp_path):
     pytest.importorskip("transformers")
     peft, config, tokens = pytest.importorskip("peft"), SIZES["grouped"], prompt(SIZES["grouped"])
@@ -232,15 +216,11 @@ def test_an_exported_adapter_works_in_transformers_through_peft(tmp_path):
     assert torch.allclose(theirs(tokens).logits, adapters.merge()(tokens), atol=1e-4)
 
 
-def test_weights_may_be_read_in_bfloat16_and_from_a_file_of_merge(tmp_path):
+def test_weights_are_read_in_bfloat16(tmp_path):
     config = SIZES["tied"]
     logits, model = model_of(config)(prompt(config)), load_llama(write_meta(tmp_path / "a", config))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert 0 < (model(prompt(config)).float() - logits).abs().mean() < 0.1
-    merged = {"llama": asdict(config), "model": model_of(config).state_dict()}
-    structlora.write(tmp_path / "merged.pt", merged)
-    back = load_llama(tmp_path / "merged.pt", torch.float32)
-    assert back.config == config and torch.equal(back(prompt(config)), logits)
 
 
 def test_the_cache_changes_nothing():
@@ -253,22 +233,18 @@ def test_the_cache_changes_nothing():
     assert torch.allclose(logits, model(tokens), atol=1e-5)      # in pieces of any length
 
 
-def test_prompts_of_different_lengths_and_rows_that_end():
-    model, (a, b) = model_of(SIZES["grouped"]), prompt(SIZES["grouped"])
-    padded, real = torch.stack([F.pad(a[:9], (11, 0), value=5), b[:20]]), torch.ones(2, 20) > 0
-    real[0, :11] = False
-    out = generate(model, padded, 10, real=real)[:, 20:]
-    alone = generate(model, a[None, :9], 10)[0, 9:]
+def test_padding_on_the_right_and_rows_that_end():
+    model, rows = model_of(SIZES["grouped"]), prompt(SIZES["grouped"])[:, :9]
+    padded = F.pad(rows, (0, 5), value=5)                        # needs no mask
+    assert torch.allclose(model(padded)[:, :9], model(rows), atol=1e-5)
+    out = generate(model, rows, 10)[:, 9:]
+    alone = generate(model, rows[:1], 10)[0, 9:]
     assert torch.equal(out[0], alone)
-    assert torch.equal(out[1], generate(model, b[None, :20], 10)[0, 20:])
-    assert model(padded, real=real).isfinite().all()             # also at the padding itself
-    right = F.pad(a[None, :9], (0, 5), value=5)                  # needs no mask
-    assert torch.allclose(model(right)[:, :9], model(a[None, :9]), atol=1e-5)
     eos = int(alone[3])
     end = alone.tolist().index(eos)
-    ended = generate(model, padded, 10, eos_id=eos, real=real)[:, 20:]
+    ended = generate(model, rows, 10, eos_id=eos)[:, 9:]
     assert torch.equal(ended[0, :end + 1], alone[:end + 1]) and (ended[0, end:] == eos).all()
-    assert generate(model, a[None, :9], 10, eos_id=eos).shape[1] == 9 + end + 1
+    assert generate(model, rows[:1], 10, eos_id=eos).shape[1] == 9 + end + 1
 
 
 def test_sampling_follows_the_temperature():
@@ -299,18 +275,15 @@ BAD = {"layers.1.attention.wo.weight": (None, "layers.1.self_attn.o_proj"),     
        "norm.weight": (torch.ones(31), "model.norm"), "layers.0.ffn_norm.weight": ("text", "str"),
        "layers.0.attention.wq.weight": (torch.full((32, 32), math.nan), "q_proj.weight has NaN"),
        "layers.0.attention_norm.weight": (torch.ones(32, dtype=torch.int8), "quantised"),
-       "layers.1.ffn_norm.weight": (torch.full((32,), math.inf), "infinite"),
-       "code": (Hostile(), "refused")}
+       "layers.1.ffn_norm.weight": (torch.full((32,), math.inf), "infinite")}
 
 
 @pytest.mark.parametrize("key", BAD)
-def test_a_bad_weight_is_refused_by_name(key, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_weight_is_refused_by_name(key, tmp_path):
     folder, (value, word) = write_meta(tmp_path / "llama", SIZES["grouped"]), BAD[key]
     state = torch.load(folder / "consolidated.00.pth") | {key: value}
     torch.save({k: v for k, v in state.items() if v is not None}, folder / "consolidated.00.pth")
     refused(folder, word)
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("layout", ("rows", "width", "parts"))

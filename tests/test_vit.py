@@ -4,7 +4,6 @@ The expected logits below were printed by `python tests/test_vit.py`, which need
 
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +11,23 @@ import pytest
 import torch
 
 import train_vit
-from helpers import DATA
+from helpers import DATA, waves
 from train_vit import ViT, ViTConfig, choose, draw, load_vit, prepare, read_images, save_vit
 
 SIZES = {"small": ViTConfig(16, 4, 32, 2, 4, 64, 5),
          "one block": ViTConfig(32, 8, 48, 1, 3, 96, 3),
-         "deep": ViTConfig(24, 8, 64, 4, 1, 40, 2),
          "wide epsilon": ViTConfig(16, 8, 32, 2, 2, 64, 4, eps=0.1)}
 EXPECTED = {
     "small": [[3.285653, -0.5405, 0.139855, 1.165184, -1.224773],
               [3.203568, -0.622092, -0.083619, 1.24297, -1.155959]],
     "one block": [[-0.40021, 1.096331, -1.563931], [-0.405501, 0.880888, -1.755397]],
-    "deep": [[0.75054, -2.604613], [0.918247, -0.762385]],
     "wide epsilon": [[2.846409, -1.172914, -1.373858, -1.040013],
                      [2.415757, -0.725273, -0.426356, 1.192064]]}
-SMALL, LOGITS = SIZES["small"], torch.tensor(EXPECTED["small"])
+SMALL, HALF = SIZES["small"], ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORMALISED = {       # family -> mean and deviation of its pictures
+    "google": HALF, "timm": HALF, "compiled": HALF,
+    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "huggingface": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
 
 
 def images(config):
@@ -36,13 +37,7 @@ def images(config):
 
 
 def weights(config):
-    """Weights by our names that depend on no random generator."""
-    state = ViT(config).state_dict()
-    for i, (name, tensor) in enumerate(state.items()):
-        wave = torch.sin(0.7 * torch.arange(tensor.numel()).double() ** 1.1 + i).view(tensor.shape)
-        is_scale = "norm" in name and name.endswith("weight")
-        state[name] = (1 + 0.2 * wave if is_scale else 0.25 * wave).float()
-    return state
+    return waves({name: tensor.shape for name, tensor in ViT(config).state_dict().items()}, 0.25)
 
 
 # --- the three layouts, written here a second time, by hand: our names and theirs, in this order
@@ -108,15 +103,22 @@ def write_huggingface(folder, config, **more):
          "num_hidden_layers": config.depth, "intermediate_size": config.mlp,
          "image_size": config.image_size, "id2label": dict.fromkeys(range(config.classes), "a"),
          **more}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        dict(zip(("image_mean", "image_std"), NORMALISED["huggingface"]))))
     return folder
 
 
 def write(family, folder, config):
     if family == "huggingface":
         return write_huggingface(folder / "vit", config)
-    np.savez(folder / "vit.npz", **as_google(weights(config), config.heads))
-    torch.save(as_timm(weights(config)), folder / "vit.pth")
-    return folder / ("vit.npz" if family == "google" else "vit.pth")
+    if family == "google":
+        np.savez(folder / "vit.npz", **as_google(weights(config), config.heads))
+        return folder / "vit.npz"
+    timm = as_timm(weights(config))
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in timm.items()}
+    files = {"timm": timm, "deit": {"model": timm}, "compiled": {"state_dict": wrapped}}
+    torch.save(files[family], folder / "vit.pth")
+    return folder / "vit.pth"
 
 
 def oracle(config, tmp_path):
@@ -131,46 +133,28 @@ def oracle(config, tmp_path):
 
 # --- parity
 
-@pytest.mark.parametrize("family", ("google", "timm", "huggingface"))
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_equal_those_of_transformers(size, family, tmp_path):
-    config = SIZES[size]
-    if config.eps != 1e-6 and family != "huggingface":
-        pytest.skip("only Hugging Face's files name their epsilon")
+@pytest.mark.parametrize("family, size", [
+    (family, size) for family in NORMALISED for size, config in SIZES.items()
+    if config.eps == 1e-6 or family == "huggingface"])           # others do not name their epsilon
+def test_logits_equal_those_of_transformers_and_save_vit_keeps_them(family, size, tmp_path):
+    config, wanted = SIZES[size], torch.tensor(EXPECTED[size])
     path = write(family, tmp_path, config)
-    model = load_vit(path, num_heads=config.heads if family == "timm" else None)
-    assert torch.allclose(model(images(config)), torch.tensor(EXPECTED[size]), atol=1e-4)
-    assert model.config.heads == config.heads and model.config.eps == config.eps
+    model = load_vit(path, num_heads=config.heads if path.suffix == ".pth" else None)
+    logits, (mean, std) = model(images(config)), torch.tensor(NORMALISED[family])
+    assert torch.allclose(logits, wanted, atol=1e-4) and model.config.eps == config.eps
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    white = prepare(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), model.config)
+    assert torch.allclose(white[0, :, 3, 3], (1 - mean) / std)
+    save_vit(model, tmp_path / "again.pth")
+    again = load_vit(tmp_path / "again.pth")
+    assert again.config == model.config and torch.equal(again(images(config)), logits)
+    assert load_vit(path, num_heads=1).config.heads == 1         # also where the file names them
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_committed_logits_are_still_those_of_the_oracle(size, tmp_path):
     pytest.importorskip("transformers")
     assert torch.allclose(oracle(SIZES[size], tmp_path), torch.tensor(EXPECTED[size]), atol=1e-5)
-
-
-@pytest.mark.parametrize("prefix", ("module.", "_orig_mod."))
-def test_prefixes_of_wrapped_models_are_stripped(prefix, tmp_path):
-    state = {prefix + key: value for key, value in as_timm(weights(SMALL)).items()}
-    torch.save({"state_dict": state}, tmp_path / "vit.pth")
-    model = load_vit(tmp_path / "vit.pth", num_heads=4)
-    assert torch.allclose(model(images(SMALL)), LOGITS, atol=1e-4)
-
-
-def test_normalisation_is_the_one_of_the_family(tmp_path):
-    torch.save({"model": as_timm(weights(SMALL))}, tmp_path / "deit.pth")
-    folder = write("huggingface", tmp_path, SMALL)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
-    for path, mean, std in (
-            (write("google", tmp_path, SMALL), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-            (write("timm", tmp_path, SMALL), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-            (tmp_path / "deit.pth", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            (folder / "pytorch_model.bin", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))):
-        white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
-        wanted = (1 - torch.tensor(mean)) / torch.tensor(std)
-        assert torch.allclose(prepare(white, load_vit(path).config)[0, :, 3, 3], wanted)
 
 
 @pytest.mark.parametrize("width, depth, heads", ((192, 1, 3), (1280, 32, 16), (32, 1, 1)))
@@ -183,25 +167,6 @@ def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_pat
 
 
 # --- heads and positions
-
-def test_a_new_head_is_zero_and_said_and_everything_else_the_same(tmp_path, capsys):
-    path = write("timm", tmp_path, SMALL)
-    old = load_vit(path, num_classes=5, num_heads=4)
-    assert capsys.readouterr().out == ""
-    new = load_vit(path, num_classes=9, num_heads=4)
-    assert "a new head for 9 classes" in capsys.readouterr().out
-    assert new(images(SMALL)).shape == (2, 9) and not new.head.weight.any()
-    for name, value in old.state_dict().items():
-        assert name.startswith("head") or torch.equal(new.state_dict()[name], value)
-
-
-def test_a_pre_logits_layer_is_refused_or_goes_with_its_head(tmp_path):
-    more = {"pre_logits/kernel": np.ones((32, 32), "f4"), "pre_logits/bias": np.ones(32, "f4")}
-    np.savez(tmp_path / "21k.npz", **as_google(weights(SMALL), 4), **more)
-    with pytest.raises(ValueError, match="21k.npz.*pre_logits"):
-        load_vit(tmp_path / "21k.npz")
-    assert load_vit(tmp_path / "21k.npz", num_classes=7).head.out_features == 7
-
 
 def cubic(x, a=-0.75):
     """Keys' kernel, with the constant that PyTorch and TensorFlow's image libraries use."""
@@ -223,30 +188,17 @@ def test_positions_are_resized_by_the_bicubic_kernel_and_the_class_token_is_not(
         value = sum(cubic(centre - t) * rows[min(max(t, 0), 3)] for t in taps)
         assert torch.allclose(resized[new], value.expand(8, 32), atol=1e-5)
     assert torch.equal(model.pos_embed[0, 0], torch.full((32,), 9.0))
-    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
     with pytest.raises(ValueError, match="30.*patch, 4"):
         load_vit(tmp_path / "vit.pth", image_size=30)
-
-
-def test_what_save_vit_writes_reads_back_bit_equal(tmp_path):
-    model = ViT(replace(SMALL, eps=0.03, mean=(0.1, 0.2, 0.3)))
-    model.load_state_dict(weights(SMALL))
-    save_vit(model, tmp_path / "vit.pth")
-    again = load_vit(tmp_path / "vit.pth")
-    assert again.config == model.config
-    assert torch.equal(again(images(SMALL)), model(images(SMALL)))
 
 
 # --- bad checkpoints (test_bad_input.py damages good ones at random)
 
 @pytest.mark.parametrize("change, word", (
     ({"blocks.1.norm2.bias": None}, "blocks.1.norm2.bias"),
-    ({"blocks.0.ls1.gamma": torch.ones(32)}, "blocks.0.ls1.gamma"),
-    ({"norm.bias": torch.ones(31)}, "norm.bias"),
     ({"norm.bias": torch.full((32,), float("nan"))}, "norm.bias"),
     ({"blocks.0.attn.qkv.weight": torch.ones(95, 32)}, "q_proj|k_proj|v_proj"),
-    ({"head.weight": torch.ones(5, 32, dtype=torch.int8)}, "quantised"),
-    ({"pos_embed": torch.ones(1, 18, 32)}, "pos_embed")))
+    ({"head.weight": torch.ones(5, 32, dtype=torch.int8)}, "quantised")))
 def test_a_bad_pth_is_refused_by_name(change, word, tmp_path):
     state = as_timm(weights(SMALL)) | change
     torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "vit.pth")
@@ -254,15 +206,17 @@ def test_a_bad_pth_is_refused_by_name(change, word, tmp_path):
         load_vit(tmp_path / "vit.pth", num_heads=4)
 
 
-def test_other_files_are_refused_with_what_to_do(tmp_path):
-    folder = write_huggingface(tmp_path / "new", SMALL)
-    tensors = (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    for path, word in ((tmp_path / "absent.pth", "No such file"),
-                       (write_huggingface(tmp_path / "a", SMALL, hidden_act="relu"), "with relu"),
-                       (folder, "safetensors.*torch.save"), (tensors, "safetensors are not read"),
-                       (write("timm", tmp_path, SMALL), "5 heads")):
+def test_what_has_no_part_in_this_vit_is_refused_or_goes_with_the_head(tmp_path):
+    more = {"pre_logits/kernel": np.ones((32, 32), "f4"), "pre_logits/bias": np.ones(32, "f4")}
+    np.savez(tmp_path / "21k.npz", **as_google(weights(SMALL), 4), **more)
+    for path, word in (
+            (tmp_path / "21k.npz", "pre_logits"),
+            (tmp_path / "vit.safetensors", "safetensors are not read"),
+            (write_huggingface(tmp_path / "a", SMALL, hidden_act="relu"), "with relu"),
+            (write_huggingface(tmp_path / "b", SMALL, num_attention_heads=5), "5 heads")):
         with pytest.raises(ValueError, match=f"{path}.*{word}"):
-            load_vit(path, num_heads=5)
+            load_vit(path)
+    assert load_vit(tmp_path / "21k.npz", num_classes=7).head.out_features == 7
 
 
 # --- data
@@ -280,12 +234,21 @@ def write_cifar(folder, labels=1):
 
 
 def test_cifar_rows_are_label_then_channels(tmp_path):
-    train, test, names = read_images(write_cifar(tmp_path / "ten"))
-    raw = np.fromfile(tmp_path / "ten" / "data_batch_1.bin", dtype=np.uint8).reshape(-1, 3073)
-    assert len(names) == 10 and train[0].shape == (20, 3, 32, 32) and len(test[1]) == 20
-    assert train[0][3, 1, 2, 5] == raw[3, 1 + 1024 + 2 * 32 + 5] and train[1][3] == 3
     train, _, names = read_images(write_cifar(tmp_path / "hundred", labels=2))
     assert len(names) == 100 and train[1][3] == 6                # the fine label
+    train, test, names = read_images(write_cifar(tmp_path))
+    raw = np.fromfile(tmp_path / "data_batch_1.bin", dtype=np.uint8).reshape(-1, 3073)
+    assert len(names) == 10 and train[0].shape == (20, 3, 32, 32) and len(test[1]) == 20
+    assert train[0][3, 1, 2, 5] == raw[3, 1 + 1024 + 2 * 32 + 5] and train[1][3] == 3
+    if (DATA / "cifar10").is_dir():                  # real ones, if they are here
+        train, test, _ = read_images(DATA / "cifar10")
+        assert train[1].bincount().tolist() == [1000] * 10 and len(test[1]) == 2000
+    data = (tmp_path / "test_batch.bin").read_bytes()
+    for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"),
+                          (b"", "missing")):
+        (tmp_path / "test_batch.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=f"test_batch.bin.*{word}"):
+            read_images(tmp_path)
 
 
 def test_npz_images_with_and_without_a_test_part(tmp_path):
@@ -293,14 +256,21 @@ def test_npz_images_with_and_without_a_test_part(tmp_path):
     np.savez(tmp_path / "a.npz", x=x, y=y)
     train, test, names = read_images(tmp_path / "a.npz")
     assert len(train[1]) == 8 and len(test[1]) == 2 and names == ["0", "1"]
-    np.savez(tmp_path / "b.npz", x=x, y=y, x_test=x[:3], y_test=y[:3])
-    train, test, _ = read_images(tmp_path / "b.npz")
+    np.savez(tmp_path / "a.npz", x=x, y=y, x_test=x[:3], y_test=y[:3])
+    train, test, _ = read_images(tmp_path / "a.npz")
     assert len(train[1]) == 10 and torch.equal(test[0][1, 2], torch.from_numpy(x[1, :, :, 2]))
+    for bad in ({"x": x}, {"x": x / 2, "y": y}, {"x": x[..., :1], "y": y}, {"x": x, "y": y[:3]},
+                {"x": x, "y": y - 1}, {"x": x, "y": y / 2}):
+        np.savez(tmp_path / "a.npz", **bad)
+        with pytest.raises(ValueError, match="a.npz"):
+            read_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("part", ("", "test", "val", "valid", "validation"))
 def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
     Image = pytest.importorskip("PIL.Image")
+    with pytest.raises(ValueError, match=f"^{tmp_path}: no folder of CIFAR binaries"):
+        read_images(tmp_path)                        # empty so far
     for top in ("train", part) if part else ("",):
         for name in ("blue", "red", ".ipynb_checkpoints", "empty"):
             (tmp_path / top / name).mkdir(parents=True)
@@ -311,6 +281,7 @@ def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
     train, test, names = read_images(tmp_path)
     assert names == ["blue", "red"]
     assert (len(train[1]), len(test[1])) == ((12, 12) if part else (10, 2))
+    assert len(train_vit.take(train, torch.tensor([3]))[0]) == 1
     red = [train_vit.square(f, 8) for f, label in zip(*train) if label == 1]
     assert all((x[0] > 250).all() and (x[2] < 5).all() and x.shape == (3, 8, 8) for x in red)
 
@@ -318,36 +289,14 @@ def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
 def test_pictures_of_16_bits_turned_or_transparent_are_read_as_they_look(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     path = tmp_path / "a.png"
-    Image.fromarray(np.linspace(0, 65535, 64).reshape(1, 64).astype(np.uint16)).save(path)
-    assert len(np.unique(train_vit.read_picture(path))) > 60
-    Image.fromarray(np.full((4, 4), 30000, np.uint16)).save(path)
-    assert (train_vit.read_picture(path) == 117).all()
-    hidden = np.zeros((4, 4, 4), np.uint8)
-    hidden[..., :3] = 200                                        # under full transparency
-    Image.fromarray(hidden).save(path)
+    Image.fromarray(np.array([[0, 10000, 30000, 65535]], np.uint16)).save(path)
+    assert train_vit.read_picture(path)[0, :, 0].tolist() == [0, 39, 117, 255]
+    Image.new("RGBA", (4, 4), (200, 200, 200, 0)).save(path)     # fully transparent
     assert (train_vit.read_picture(path) == 0).all()
     turned, exif = Image.new("RGB", (8, 4), "red"), Image.Exif()
     exif[0x0112] = 6                                             # turn by 90 degrees
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert train_vit.read_picture(tmp_path / "a.jpg").shape == (8, 4, 3)
-
-
-def test_bad_data_is_refused_by_name(tmp_path):
-    folder = write_cifar(tmp_path / "ten")
-    data = (folder / "test_batch.bin").read_bytes()
-    for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"),
-                          (b"", "missing")):
-        (folder / "test_batch.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=f"test_batch.bin.*{word}"):
-            read_images(folder)
-    with pytest.raises(ValueError, match="absent.*neither CIFAR"):
-        read_images(tmp_path / "absent")             # as an empty folder
-    x, y = np.zeros((4, 2, 2, 3), np.uint8), np.arange(4)
-    for bad in ({"x": x}, {"x": x / 2, "y": y}, {"x": x[..., :1], "y": y}, {"x": x, "y": y[:3]},
-                {"x": x, "y": y - 1}, {"x": x, "y": y / 2}):
-        np.savez(tmp_path / "a.npz", **bad)
-        with pytest.raises(ValueError, match="a.npz"):
-            read_images(tmp_path / "a.npz")
 
 
 def test_shots_are_per_class_seeded_and_short_classes_are_named(capsys):
@@ -377,14 +326,6 @@ def test_drawn_pictures_are_seeded_labelled_and_shifted():
     assert a.shape == (300, 3, 24, 24) and sorted(set(labels.tolist())) == list(range(10))
     shifted, same = draw(300, 0, True)
     assert torch.equal(labels, same) and a.float().mean() < 115 < 140 < shifted.float().mean()
-
-
-def test_real_images_if_they_are_here():
-    if not (DATA / "cifar10").is_dir():
-        pytest.skip("shared/data/cifar10 is not beside the project")
-    train, test, names = read_images(DATA / "cifar10")
-    assert (len(train[1]), len(test[1]), len(names)) == (10000, 2000, 10)
-    assert train[1].bincount().tolist() == [1000] * 10
 
 
 if __name__ == "__main__":
