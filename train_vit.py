@@ -140,7 +140,6 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
     (64 wide heads, or 80 wide if the sizes are ViT-H's). Raises ValueError that names the file and
     the key."""
     path = Path(path)
-    path = path.parent if path.name == "pytorch_model.bin" else path
     with reading(path):
         read = read_google if path.suffix == ".npz" else read_timm
         t, known = read_huggingface(path) if path.is_dir() else read(path)

@@ -441,7 +441,7 @@ def svg(parts: list[str], height: int) -> str:
 def gain_figure(rows: list[dict]) -> str:
     """What a method gains over LoRA of the same rank (right is better), with 95% intervals, in % of
     what LoRA of four times the rank gains; cells where that gains."""
-    parts, y = ['<text x="180" y="14">LoRA of the same rank: 0</text>'], 34
+    parts, y = ['<text x="280" y="14">LoRA of the same rank: 0</text>'], 34
     gains = {(r["cell"], r["method"]): r["gain"] for r in rows}
     colours = {"hybrid": "#0072B2", "all": "#009E73", "LoRA 4r": "#888888"}
     for cell in [r["cell"] for r in rows if r["method"] == "LoRA 4r"]:
@@ -450,15 +450,15 @@ def gain_figure(rows: list[dict]) -> str:
             continue
         parts.append(f'<text x="10" y="{y + 24}" font-weight="bold">{cell}</text>')
         for method in [m for m in colours if (cell, m) in gains]:
-            x, half = (200 * value / four for value in gains[cell, method][:2])
-            left, right = 240 + x + half, 240 + x - half         # four is negative
+            x, half = (120 * value / four for value in gains[cell, method][:2])
+            left, right = 340 + x + half, 340 + x - half         # four is negative
             parts += [f'<line x1="{left:.0f}" x2="{right:.0f}" y1="{y}" y2="{y}" '
                       f'stroke="{colours[method]}" stroke-width="2"/>'
-                      f'<circle cx="{240 + x:.0f}" cy="{y}" r="4" fill="{colours[method]}"/>'
-                      f'<text x="{right + 8:.0f}" y="{y + 4}">{method} {x / 2:.0f}%</text>']
+                      f'<circle cx="{340 + x:.0f}" cy="{y}" r="4" fill="{colours[method]}"/>'
+                      f'<text x="{right + 8:.0f}" y="{y + 4}">{method} {x / 1.2:.0f}%</text>']
             y += 20
         y += 14
-    return svg([f'<line x1="240" x2="240" y1="20" y2="{y}" stroke="#bbb"/>', *parts], y + 10)
+    return svg([f'<line x1="340" x2="340" y1="20" y2="{y}" stroke="#bbb"/>', *parts], y + 10)
 
 
 def cosine_figure(lines: dict) -> str:
