@@ -668,7 +668,7 @@ class StructLoRA:
             if taken:
                 raise ValueError(f"PEFT cannot carry {name}, trained beside the adapters: it would "
                                  f"take {', '.join(taken[:3])} for it too; use save() or merge()")
-            tensors[name] = state[name]
+            tensors[name] = state[name].clone()
         for name, (B, A) in self.factors().items():
             r = min(rank or len(A), len(B), A.shape[1])          # no update has more
             if r < len(A):                                       # Eckart-Young

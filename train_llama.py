@@ -666,6 +666,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
         optimizer.zero_grad()
         adapters.prune((step + 1) / args.steps)
         lines.append({"step": step + 1, "loss": total.item(),            # waits for the device
+                      "lr": lr * warmup_cosine(step, args.steps),
                       "ms": 1e3 * (time.perf_counter() - start)})
         structlora.save_run(out, adapters, optimizer, lines, args)
     with autocast(args):

@@ -498,7 +498,8 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
         schedule.step()
         optimizer.zero_grad()
         adapters.prune((step + 1) / args.steps)
-        lines.append({"step": step + 1, "loss": total, "ms": 1e3 * (time.perf_counter() - began)})
+        lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
+                      "ms": 1e3 * (time.perf_counter() - began)})
         structlora.save_run(out, adapters, optimizer, lines, args)
     row = structlora.summary(name, evaluate(model, test, args), adapters, lines)
     if rank == 0:

@@ -172,6 +172,8 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     row = out.splitlines()[-1].split("|")
     accuracy, loss = (float(row[i]) for i in (4, 5))
     assert accuracy > 0.6
+    rates = [line["lr"] for line in left_by(tmp_path / "run")[0]]        # warmed up over 4 steps
+    assert rates[:4] == pytest.approx([0.0075, 0.015, 0.0225, 0.03]) and rates[-1] < 1e-4
     status, _, err = cli(train_vit, *vit, "--out", "vit.pth")
     assert status == 2 and "--out vit.pth: cannot be written" in err
     for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run")):
