@@ -45,10 +45,8 @@ variational free energy, shuts messages which help when labels are few; hence 0.
 need not lie in [0, 1]: B absorbs its scale, only mu / sigma matters. (d) Similarity edges settle
 after EDGES_SETTLE steps: each new sender makes the update jump. (e) Edges "all", the default, are
 ours: the directions of a kind form one dictionary, which each layer reads in its own random way.
-The last part of this file is what the scripts share; all before it is the method.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -56,15 +54,12 @@ import math
 import os
 import pickle
 import re
-import signal
-import sys
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -787,150 +782,3 @@ def write(path: str | Path, value: Any) -> None:
     except RuntimeError as error:            # torch.save's word for a full disk
         raise OSError(f"{path}: {error}") from None
     os.replace(temporary, path)
-
-
-# --- Running a script: what train_vit.py, train_llama.py and train_llava.py share
-
-STOP = []                            # not empty once Ctrl-C was pressed
-TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
-RUN = {"targets": ",".join(Config.targets), "method": "structlora", "accumulate": 1, "seed": 0,
-       "save_every": 100, "resume": False, "merge": False, "eval_only": False,
-       "device": "cuda" if torch.cuda.is_available() else "cpu",
-       "alpha": float, "budget": float, "shots": int, "fraction": float, "lr": float,
-       "checkpoint": str, "data": str, "dtype": str}         # a type: no default
-
-
-def options(description: str, **own) -> argparse.Namespace:
-    """The options of a script, checked: the fields of Config, those of every run, and its `own`
-    (name=default, or a type). Joins the processes that torchrun started."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     usage=argparse.SUPPRESS,    # also of an error: one line
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
-        flag = f"--{name.replace('_', '-')}"
-        if default is False:
-            parser.add_argument(flag, action="store_true")
-        elif isinstance(default, type):
-            parser.add_argument(flag, type=default)
-        else:
-            parser.add_argument(flag, type=type(default), default=default)
-    args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
-    args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    for name, value in vars(args).items():
-        number = type(value) in (int, float) and name not in ("seed", "dropout", "beta")
-        if number and not 0 < value < 2**31 or name == "seed" and not 0 <= value < 2**31:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: out of range")
-    if args.method not in ("structlora", "lora") or args.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--method {args.method} --dtype {args.dtype}: not supported")
-    if args.fraction and (args.fraction > 1 or args.shots):
-        raise ValueError("--fraction: at most 1, and not together with --shots")
-    if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
-        raise ValueError("--checkpoint and --data go together; --eval-only needs them")
-    make_config(args, "structlora")
-    out = Path(args.out).absolute()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out {args.out}: cannot be written")
-    if "WORLD_SIZE" in os.environ:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
-        dist.init_process_group("nccl" if cuda else "gloo")
-        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
-    args.processes = processes()[1]
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from None
-    return args
-
-
-def make_config(args: argparse.Namespace, method: str, **changes) -> Config:
-    """The Config that the options describe, or plain LoRA's."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    plain = {"gate": "none", "coordinator": "none", "budget": None} if method == "lora" else {}
-    return Config(**fields | plain | changes)
-
-
-def processes() -> tuple[int, int]:
-    """(number of this process, how many there are): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace) -> list[dict]:
-    """The log of the steps that are done: empty, or with --resume that of OUT/adapter.pt, if it is
-    of the same options."""
-    path, lines = out / "adapter.pt", []
-    if args.resume and path.exists():
-        with reading(path):
-            file = load_torch(path)
-            for name, value in file["options"].items():
-                if vars(args)[name] != value and name not in TRANSIENT:
-                    raise ValueError(f"the run has {name}={value!r}, not {vars(args)[name]!r}")
-            adapters.load_state(file)
-            optimizer.load_state_dict(file["optimizer"])
-            lines = [*file["lines"]]
-    if args.processes == 1:
-        signal.signal(signal.SIGINT, stop_after_step)
-    return lines
-
-
-def stop_after_step(*_) -> None:
-    """Ctrl-C: save_run ends the run after the step under way; a second one ends it at once."""
-    STOP.append(True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args) -> None:
-    """After each step: every --save-every steps, at the last, and on Ctrl-C writes config.json,
-    metrics.jsonl and adapter.pt (what StructLoRA.save writes, and what --resume needs)."""
-    step, options = len(lines), vars(args)
-    if not math.isfinite(lines[-1]["loss"]):
-        raise ValueError(f"the loss is {lines[-1]['loss']} in step {step}: lower --lr")
-    if (step % args.save_every == 0 or step == args.steps or STOP) and processes()[0] == 0:
-        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options}
-        write(out / "adapter.pt", adapters.state() | run)
-        write(out / "config.json", json.dumps(options, indent=2))
-        write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    if STOP:
-        raise KeyboardInterrupt(f"saved after step {step} of {args.steps}: --resume goes on")
-
-
-def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = None,
-            lines: list[dict] = ()) -> dict[str, str]:
-    """A row of the table; the merged rank is a mean over the adapted layers."""
-    scores = {key: f"{value:.3f}" for key, value in scores.items()}
-    if not adapters:
-        return {"method": name} | scores
-    told = adapters.diagnostics()
-    kept, rate = told["kept"].values(), sum(told["rate"].values())
-    slots = sum(int(graph.hears.sum()) for graph in adapters.graphs) * adapters.config.rank
-    trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
-    times = sorted(line["ms"] for line in lines)
-    return {"method": name, "trainable": f"{trainable:,}",
-            "merged rank": f"{sum(kept) / len(kept):.1f}"} | scores | {
-            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{slots}",
-            "ms/step": f"{times[len(times) // 2]:.1f}"}
-
-
-def print_table(rows: list[dict[str, str]]) -> None:
-    """The rows as a table with right-aligned columns; it is also valid Markdown."""
-    columns = list(rows[-1])
-    rows = [dict(zip(columns, columns)), dict.fromkeys(columns, "-:"), *rows]
-    widths = {column: max(len(row.get(column, "-")) for row in rows) for column in columns}
-    for row in rows:
-        print("|", " | ".join(row.get(c, "-").rjust(widths[c]) for c in columns), "|", flush=True)
-
-
-def run(main: Callable[[], None]) -> int:
-    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130."""
-    try:
-        main()
-        return 0
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        text = " ".join(str(error).split())[:1000] or "interrupted"
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

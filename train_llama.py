@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import structlora
-from structlora import Config, attach, load_torch, make_config, reading, write
+import train_vit as vit
+from structlora import Config, attach, load_torch, reading, write
 from train_vit import autocast, batch_indices, choose, compare, pretrain, warmup_cosine
 
 # Tuned on the demo with seeds 100 to 102, not those reported; a checkpoint's is LLM-Adapters'.
@@ -619,7 +620,7 @@ def pretrained(args, steps: int = 600) -> Path:
         return answer_losses(model, batch).mean()
 
     pretrain(model, loss, steps, lr=4e-3)
-    if structlora.processes()[0] == 0:
+    if vit.processes()[0] == 0:
         write(path, model.sizes() | {"model": model.state_dict()})
     return path
 
@@ -636,10 +637,10 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
     nn.ModuleList(also).float().requires_grad_(True)
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
-    lines = structlora.resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
+    lines = vit.resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
     schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
     num_examples = sum(len(row.tokens) - row.start for row in rows)      # predicted tokens
-    (rank, world), net = structlora.processes(), model
+    (rank, world), net = vit.processes(), model
     if world > 1:                                                # torchrun; the probes end
         net = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     model.train()
@@ -668,9 +669,9 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, eva
         lines.append({"step": step + 1, "loss": total.item(),            # waits for the device
                       "lr": lr * warmup_cosine(step, args.steps),
                       "ms": 1e3 * (time.perf_counter() - start)})
-        structlora.save_run(out, adapters, optimizer, lines, args)
+        vit.save_run(out, adapters, optimizer, lines, args)
     with autocast(args):
-        row = structlora.summary(name, evaluate(model.eval()), adapters, lines)
+        row = vit.summary(name, evaluate(model.eval()), adapters, lines)
     if rank == 0:
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
     if rank == 0 and args.merge:
@@ -688,7 +689,7 @@ def check_vocabulary(model: Llama, tokenizer: Any, path: str | Path) -> None:
 
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = structlora.options(__doc__, rank=2, steps=200, batch_size=16, out="out/llama",
+    args = vit.options(__doc__, rank=2, steps=200, batch_size=16, out="out/llama",
                               tokenizer=str, max_length=512, gradient_checkpointing=False)
     out, path, tokenizer, shots = Path(args.out), args.checkpoint, Bytes(), args.shots
     load = functools.partial(load_llama, dtype=getattr(torch, args.dtype), device=args.device)
@@ -708,11 +709,11 @@ def main() -> None:
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
     def run(model: Llama, method: str, name: str, which: str, **changes) -> dict[str, str]:
-        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
+        config, lr = vit.make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
         return fine_tune(args, config, lr, model, rows, score, name,
                          out if args.checkpoint else out / which)
 
-    attach(model, make_config(args, args.method)).detach()       # refused before a file is written
+    attach(model, vit.make_config(args, args.method)).detach()       # refused before a file is written
     if not path:
         path = pretrained(args)
         model = load(path)
@@ -720,4 +721,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(structlora.run(main))
+    raise SystemExit(vit.exit_status(main))

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import structlora
 import train_llama as llama
 import train_vit as vit
-from structlora import attach, load_torch, make_config, reading
+from structlora import attach, load_torch, reading
 
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -526,7 +526,7 @@ def pretrained(args, steps: int = 600) -> Path:
         return losses_of(model, collate(batch, args.device, model.vision)).mean()
 
     vit.pretrain(model, loss, steps, lr=2e-3)
-    if structlora.processes()[0] == 0:
+    if vit.processes()[0] == 0:
         structlora.write(path, model.sizes() | {"model": model.state_dict()})
     return path
 
@@ -535,7 +535,7 @@ def pretrained(args, steps: int = 600) -> Path:
 
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = structlora.options(
+    args = vit.options(
         __doc__, rank=2, steps=200, batch_size=16, out="out/llava", vision_checkpoint=str,
         tokenizer=str, images=str, test_examples=2000, tune_projector=False, tune_vision=False,
         gradient_checkpointing=False)
@@ -560,13 +560,13 @@ def main() -> None:
     score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
 
     def run(model: Llava, method: str, name: str, which: str, **changes) -> dict[str, str]:
-        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
+        config, lr = vit.make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
         return llama.fine_tune(args, config, lr, model, rows, score, name,
                                out if args.checkpoint else out / which,
                                functools.partial(collate, vision=model.vision), losses_of,
                                [model.model.mm_projector] * args.tune_projector)
 
-    attach(model, make_config(args, args.method)).detach()       # refused before a file is written
+    attach(model, vit.make_config(args, args.method)).detach()       # refused before a file is written
     if not path:
         path = pretrained(args)
         model = load(path)
@@ -574,4 +574,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(structlora.run(main))
+    raise SystemExit(vit.exit_status(main))

@@ -12,22 +12,29 @@ folder of images per class (train/ and test/, val/ or valid/ above them if there
 Order of this file: model, checkpoints, data, demo, training, main.
 """
 
+import argparse
+import dataclasses
 import functools
 import json
 import math
+import os
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import structlora
-from structlora import Config, StructLoRA, attach, load_torch, make_config, reading
+from structlora import Config, StructLoRA, attach, load_torch, reading, write
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and timm's ViTs
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -229,7 +236,7 @@ def read_google(path: Path) -> tuple[dict, dict]:
 def save_vit(model: ViT, path: str | Path) -> None:
     """Writes `model` by our names, with what timm's files leave out under "vit"."""
     known = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std")}
-    structlora.write(path, {"model": model.state_dict(), "vit": known})
+    write(path, {"model": model.state_dict(), "vit": known})
 
 
 # --- Data: (images, labels), with images uint8 [N, 3, H, W] or the files to read them from
@@ -326,18 +333,6 @@ def square(path: Path, size: int) -> torch.Tensor:
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
 
-def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
-           seed: int) -> torch.Tensor:
-    """Indices of `shots` examples of each class, or of a `fraction` of each; all without either."""
-    generator, chosen = torch.Generator().manual_seed(seed), []
-    for label in labels.unique():
-        mine = (labels == label).nonzero()[:, 0]
-        count = shots or max(1, round((fraction or 1.0) * len(mine)))
-        if count > len(mine):
-            print(f"class {int(label)} has {len(mine)} examples, fewer than --shots {count}")
-        chosen.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
-    return torch.cat(chosen).sort().values
-
 
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
     """uint8 [N, 3, H, W] -> normalised images [N, 3, S, S]. augment: each flipped at random, and
@@ -414,43 +409,14 @@ def pretrained(args, steps: int = 500) -> Path:
         return F.cross_entropy(model(x), labels[batch])
 
     pretrain(model, loss, steps, lr=2e-3)
-    if structlora.processes()[0] == 0:
+    if processes()[0] == 0:
         save_vit(model, path)
     return path
 
 
-def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
-    """Trains all of a small model, for the demos; loss(step) is that of a batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, steps))
-    for step in tqdm(range(steps), "pretraining", disable=None, leave=False):
-        loss(step).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
 
 # --- Training
 
-def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear warmup over 6% of the steps, then cosine to 0."""
-    warmup = max(1, round(0.06 * steps))
-    rest = (step - warmup) / max(1, steps - warmup)
-    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
-
-
-def batch_indices(count: int, size: int, number: int, seed: int) -> torch.Tensor:
-    """Indices of batch `number` in an endless run of reshuffled epochs of `count` examples, whose
-    last, incomplete batch is left out. A pure function, so that a resumed run sees the same."""
-    epoch, place = divmod(number, max(1, count // size))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator)[place * size:(place + 1) * size]
-
-
-def autocast(args) -> torch.autocast:
-    """Computes in bfloat16 with --dtype bfloat16; trained tensors are fp32 anyhow."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16")
 
 
 @torch.no_grad()
@@ -473,9 +439,9 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
     if not model.head.weight.any():                              # a new head is trained too
         model.head.float().requires_grad_(True)
     optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
-    lines = structlora.resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
+    lines = resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
     schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
-    (rank, world), parallel = structlora.processes(), model
+    (rank, world), parallel = processes(), model
     if world > 1:                                                # torchrun; the probes end
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
                                                        broadcast_buffers=False)
@@ -500,8 +466,8 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
         adapters.prune((step + 1) / args.steps)
         lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
                       "ms": 1e3 * (time.perf_counter() - began)})
-        structlora.save_run(out, adapters, optimizer, lines, args)
-    row = structlora.summary(name, evaluate(model, test, args), adapters, lines)
+        save_run(out, adapters, optimizer, lines, args)
+    row = summary(name, evaluate(model, test, args), adapters, lines)
     if rank == 0:
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
     if rank == 0 and args.merge:
@@ -511,32 +477,11 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
 
 # --- Main
 
-def compare(args, model: nn.Module, load, run, score) -> None:
-    """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
-    method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
-    scores, run(model, method, name, which learning rate, **changes of Config) a row."""
-    adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
-    inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
-    if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
-        StructLoRA.load(model, adapter)
-        name = str(adapter)
-    table = [structlora.summary(name, score(model))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(load(), "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(32, max(1, round(float(ours["merged rank"]))))   # the narrowest layer's
-        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    structlora.print_table(table)
 
 
 def main() -> None:
     """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = structlora.options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
+    args = options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
                               image_size=int, num_heads=int)     # the checkpoint's
     out, path, shots, classes = Path(args.out), args.checkpoint, args.shots, 10
 
@@ -571,5 +516,220 @@ def main() -> None:
     compare(args, model, load, run, functools.partial(evaluate, test=test, args=args))
 
 
+# --- What the three scripts share: options, batches, run state, processes, the table
+
+STOP = []                            # not empty once Ctrl-C was pressed
+TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
+RUN = {"targets": ",".join(Config.targets), "method": "structlora", "accumulate": 1, "seed": 0,
+       "save_every": 100, "resume": False, "merge": False, "eval_only": False,
+       "device": "cuda" if torch.cuda.is_available() else "cpu",
+       "alpha": float, "budget": float, "shots": int, "fraction": float, "lr": float,
+       "checkpoint": str, "data": str, "dtype": str}         # a type: no default
+
+
+def options(description: str, **own) -> argparse.Namespace:
+    """The options of a script, checked: the fields of Config, those of every run, and its `own`
+    (name=default, or a type). Joins the processes that torchrun started."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage=argparse.SUPPRESS,    # also of an error: one line
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
+        flag = f"--{name.replace('_', '-')}"
+        if default is False:
+            parser.add_argument(flag, action="store_true")
+        elif isinstance(default, type):
+            parser.add_argument(flag, type=default)
+        else:
+            parser.add_argument(flag, type=type(default), default=default)
+    args = parser.parse_args()
+    cuda = args.device.startswith("cuda")
+    args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    for name, value in vars(args).items():
+        number = type(value) in (int, float) and name not in ("seed", "dropout", "beta")
+        if number and not 0 < value < 2**31 or name == "seed" and not 0 <= value < 2**31:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: out of range")
+    if args.method not in ("structlora", "lora") or args.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--method {args.method} --dtype {args.dtype}: not supported")
+    if args.fraction and (args.fraction > 1 or args.shots):
+        raise ValueError("--fraction: at most 1, and not together with --shots")
+    if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
+        raise ValueError("--checkpoint and --data go together; --eval-only needs them")
+    make_config(args, "structlora")
+    out = Path(args.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {args.out}: cannot be written")
+    if "WORLD_SIZE" in os.environ:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+    args.processes = processes()[1]
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {error}") from None
+    return args
+
+
+def make_config(args: argparse.Namespace, method: str, **changes) -> Config:
+    """The Config that the options describe, or plain LoRA's."""
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    plain = {"gate": "none", "coordinator": "none", "budget": None} if method == "lora" else {}
+    return Config(**fields | plain | changes)
+
+
+def processes() -> tuple[int, int]:
+    """(number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace) -> list[dict]:
+    """The log of the steps that are done: empty, or with --resume that of OUT/adapter.pt, if it is
+    of the same options."""
+    path, lines = out / "adapter.pt", []
+    if args.resume and path.exists():
+        with reading(path):
+            file = load_torch(path)
+            for name, value in file["options"].items():
+                if vars(args)[name] != value and name not in TRANSIENT:
+                    raise ValueError(f"the run has {name}={value!r}, not {vars(args)[name]!r}")
+            adapters.load_state(file)
+            optimizer.load_state_dict(file["optimizer"])
+            lines = [*file["lines"]]
+    if args.processes == 1:
+        signal.signal(signal.SIGINT, stop_after_step)
+    return lines
+
+
+def stop_after_step(*_) -> None:
+    """Ctrl-C: save_run ends the run after the step under way; a second one ends it at once."""
+    STOP.append(True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args) -> None:
+    """After each step: every --save-every steps, at the last, and on Ctrl-C writes config.json,
+    metrics.jsonl and adapter.pt (what StructLoRA.save writes, and what --resume needs)."""
+    step, options = len(lines), vars(args)
+    if not math.isfinite(lines[-1]["loss"]):
+        raise ValueError(f"the loss is {lines[-1]['loss']} in step {step}: lower --lr")
+    if (step % args.save_every == 0 or step == args.steps or STOP) and processes()[0] == 0:
+        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options}
+        write(out / "adapter.pt", adapters.state() | run)
+        write(out / "config.json", json.dumps(options, indent=2))
+        write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if STOP:
+        raise KeyboardInterrupt(f"saved after step {step} of {args.steps}: --resume goes on")
+
+
+def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = None,
+            lines: list[dict] = ()) -> dict[str, str]:
+    """A row of the table; the merged rank is a mean over the adapted layers."""
+    scores = {key: f"{value:.3f}" for key, value in scores.items()}
+    if not adapters:
+        return {"method": name} | scores
+    told = adapters.diagnostics()
+    kept, rate = told["kept"].values(), sum(told["rate"].values())
+    slots = sum(int(graph.hears.sum()) for graph in adapters.graphs) * adapters.config.rank
+    trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
+    times = sorted(line["ms"] for line in lines)
+    return {"method": name, "trainable": f"{trainable:,}",
+            "merged rank": f"{sum(kept) / len(kept):.1f}"} | scores | {
+            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{slots}",
+            "ms/step": f"{times[len(times) // 2]:.1f}"}
+
+
+def print_table(rows: list[dict[str, str]]) -> None:
+    """The rows as a table with right-aligned columns; it is also valid Markdown."""
+    columns = list(rows[-1])
+    rows = [dict(zip(columns, columns)), dict.fromkeys(columns, "-:"), *rows]
+    widths = {column: max(len(row.get(column, "-")) for row in rows) for column in columns}
+    for row in rows:
+        print("|", " | ".join(row.get(c, "-").rjust(widths[c]) for c in columns), "|", flush=True)
+
+
+def exit_status(main: Callable[[], None]) -> int:
+    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130."""
+    try:
+        main()
+        return 0
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        text = " ".join(str(error).split())[:1000] or "interrupted"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Factor on the learning rate: linear warmup over 6% of the steps, then cosine to 0."""
+    warmup = max(1, round(0.06 * steps))
+    rest = (step - warmup) / max(1, steps - warmup)
+    return (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def batch_indices(count: int, size: int, number: int, seed: int) -> torch.Tensor:
+    """Indices of batch `number` in an endless run of reshuffled epochs of `count` examples, whose
+    last, incomplete batch is left out. A pure function, so that a resumed run sees the same."""
+    epoch, place = divmod(number, max(1, count // size))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator)[place * size:(place + 1) * size]
+
+
+def choose(labels: torch.Tensor, shots: int | None, fraction: float | None,
+           seed: int) -> torch.Tensor:
+    """Indices of `shots` examples of each class, or of a `fraction` of each; all without either."""
+    generator, chosen = torch.Generator().manual_seed(seed), []
+    for label in labels.unique():
+        mine = (labels == label).nonzero()[:, 0]
+        count = shots or max(1, round((fraction or 1.0) * len(mine)))
+        if count > len(mine):
+            print(f"class {int(label)} has {len(mine)} examples, fewer than --shots {count}")
+        chosen.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def autocast(args) -> torch.autocast:
+    """Computes in bfloat16 with --dtype bfloat16; trained tensors are fp32 anyhow."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.dtype == "bfloat16")
+
+
+def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
+    """Trains all of a small model, for the demos; loss(step) is that of a batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, steps))
+    for step in tqdm(range(steps), "pretraining", disable=None, leave=False):
+        loss(step).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def compare(args, model: nn.Module, load, run, score) -> None:
+    """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
+    method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
+    scores, run(model, method, name, which learning rate, **changes of Config) a row."""
+    adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
+    inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
+    if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
+        StructLoRA.load(model, adapter)
+        name = str(adapter)
+    table = [summary(name, score(model))]
+    if args.checkpoint and not args.eval_only:
+        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
+    elif not args.checkpoint:
+        lora = run(load(), "lora", f"LoRA r={r}", "lora")
+        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
+        every = run(load(), "structlora", f"StructLoRA r={r} all", "all", edges="all")
+        r = min(32, max(1, round(float(ours["merged rank"]))))   # the narrowest layer's
+        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
+                      alpha=r * args.alpha / args.rank)
+        table += [lora, matched, ours, every]
+    print_table(table)
+
+
 if __name__ == "__main__":
-    raise SystemExit(structlora.run(main))
+    raise SystemExit(exit_status(main))

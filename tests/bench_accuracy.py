@@ -420,7 +420,7 @@ def table(lines: dict) -> list[dict]:
 def show(lines: dict, name: str, folder: Path) -> None:
     """Prints the table, and what "all" differs from "hybrid"; draws the figures."""
     rows = table(lines)
-    structlora.print_table([{k: v for k, v in row.items() if k != "gain"} for row in rows])
+    train_vit.print_table([{k: v for k, v in row.items() if k != "gain"} for row in rows])
     for *cell, method in lines:
         if method == "all" and (*cell, "hybrid") in lines:
             line = lines[(*cell, "all")]
@@ -546,4 +546,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(structlora.run(main))
+    raise SystemExit(train_vit.exit_status(main))

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import structlora
-from structlora import Config, StructLoRA, attach, print_table
+from structlora import Config, StructLoRA, attach
+import train_vit
 from train_llama import Llama, LlamaConfig, load_tokenizer
-from train_vit import ViT, ViTConfig, load_vit, save_vit
+from train_vit import ViT, ViTConfig, load_vit, print_table, save_vit
 
 RANK = 8
 # name: (how to build it, examples on a CPU, on a GPU, tokens of an example: 0 for images, where)
@@ -275,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(structlora.run(main))
+    raise SystemExit(train_vit.exit_status(main))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import structlora
+import train_vit
 
 
 @pytest.fixture
@@ -14,12 +14,12 @@ def cli(monkeypatch, capsys, tmp_path):
     -> (exit status, stdout, stderr)."""
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        monkeypatch.setattr(structlora, "STOP", [])
+        monkeypatch.setattr(train_vit, "STOP", [])
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         before = signal.getsignal(signal.SIGINT)
         try:
-            status = structlora.run(script.main)
+            status = train_vit.exit_status(script.main)
         except SystemExit as end:                    # --help
             status = end.code
         finally:

@@ -102,14 +102,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
                                   ("--method", "lora"), ("--edges", "all", "--accumulate", "2")))
 def test_a_killed_run_resumes_to_the_same_numbers(more, cli, vit, tmp_path, monkeypatch):
     assert cli(train_vit, *vit, *more, "--out", "whole")[0] == 0
-    real = structlora.save_run
+    real = train_vit.save_run
 
     def die(out, adapters, optimizer, lines, args):
         real(out, adapters, optimizer, lines, args)
         if len(lines) == 11:                                     # three steps past the last save
             raise ZeroDivisionError
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(structlora, "save_run", die)
+        patch.setattr(train_vit, "save_run", die)
         cli(train_vit, *vit, *more, "--out", "killed")
     assert len(left_by(tmp_path / "killed")[0]) == 8
     assert cli(train_vit, *vit, *more, "--out", "killed", "--resume")[0] == 0
