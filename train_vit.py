@@ -631,7 +631,7 @@ def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = N
         return {"method": name} | scores
     told = adapters.diagnostics()
     kept, rate = told["kept"].values(), sum(told["rate"].values())
-    slots = sum(int(graph.hears.sum()) for graph in adapters.graphs) * adapters.config.rank
+    slots = sum(int(graph.senders().sum()) for graph in adapters.graphs) * adapters.config.rank
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
     times = sorted(line["ms"] for line in lines)
     return {"method": name, "trainable": f"{trainable:,}",

@@ -124,8 +124,9 @@ def assert_same(got, wanted):
 
 
 def senders(graph):
-    """For each layer the set of its neighbours, those it hears beside itself."""
-    return [set(hears.sum(0).nonzero()[:, 0].tolist()) - {l} for l, hears in enumerate(graph.hears)]
+    """For each layer the set of its neighbours, those that send to it beside itself."""
+    rows = enumerate(graph.senders())
+    return [set(row.sum(0).nonzero()[:, 0].tolist()) - {l} for l, row in rows]
 
 
 def open_gates(layer):
@@ -141,9 +142,9 @@ def open_gates(layer):
 
 def message(graph, receiver, sender, gates):
     """U_lj of equation 2, [d, k], with the signs of edges "all" and without removed directions."""
-    layer, slots = graph.layers[sender], graph.hears[receiver, :, sender].nonzero()[:, 0]
-    assert len(slots) == 1, "a message must have one gate, not several"
-    m = (gates[receiver] * graph.sign[receiver])[slots[0]]
+    layer, places = graph.layers[sender], graph.senders()[receiver, :, sender].nonzero()[:, 0]
+    assert len(places) == 1, "a message must have one gate, not several"
+    m = (gates[receiver] * graph.signs[receiver] * (graph.removed[receiver] == 0))[places[0]]
     return layer.B.double() @ torch.diag(m) @ layer.A.double()
 
 

@@ -46,7 +46,8 @@ def dense(plain, updates, x):
 
 def mixing(graph):
     """M as the layers use it, [L, L]."""
-    return torch.einsum("ls,lsj->lj", graph.mixing(*graph.stacked()), graph.hears).detach()
+    senders = graph.senders()
+    return torch.einsum("ls,lsj->lj", graph.mixing(senders, *graph.collect()), senders).detach()
 
 
 # --- Layer, equations 1 and 7
@@ -67,7 +68,7 @@ def test_a_starts_uniform_within_one_over_root_k_and_b_at_zero():
     torch.manual_seed(0)
     model = Chain(3, width=100, hidden=90)
     attach(model, Config(rank=40, targets="q_proj"))
-    A, B = model.blocks[0].q_proj.A.detach(), model.blocks[0].q_proj.B
+    A, B = model.blocks[0].q_proj.lora.A.detach(), model.blocks[0].q_proj.lora.B
     assert 0.0999 < A.abs().max() <= 0.1 and abs(A.mean().item()) < 0.003 and not B.any()
     assert A.std().item() == pytest.approx(0.1 / 3 ** 0.5, rel=0.03)
 
@@ -79,10 +80,10 @@ def test_mixing_factors_and_outputs_are_the_sums_of_equations_1_5_and_6(gate, co
     for graph in adapters.graphs:
         assert torch.allclose(mixing(graph).double(), by_hand_mixing(graph), rtol=1e-4, atol=1e-5)
         assert torch.equal(mixing(graph), torch.eye(4)) == (coordinator == "none")
-        for name, layer, hears in zip(graph.names, graph.layers, graph.hears):
+        for name, layer, row in zip(graph.names, graph.layers, graph.senders()):
             (B, A), scale = factors[name], 1 + updates[name].abs().max()
             assert ((B @ A).double() - updates[name]).abs().max() < 1e-5 * scale
-            opened = (open_gates(layer) != 0) * hears.sum(1, keepdim=True)
+            opened = (open_gates(layer) != 0) * row.sum(1, keepdim=True)
             assert A.shape[0] == opened.sum()                    # the merged rank
     wanted = dense(chain(4), updates, x)
     for output in (model.eval()(x), adapters.merge()(x)):
@@ -188,12 +189,12 @@ def test_one_draw_per_sample_and_direction_not_per_token():
     model, _ = adapted(2, coordinator="none", rank=3, alpha=3)
     layer, mu, sigma = model.blocks[0].q_proj, torch.tensor([1., -2, .5]), torch.tensor([.1, 1, 3])
     with torch.no_grad():                            # direction i alone reaches output i: u = 6
-        layer.A.fill_(1.0)
-        layer.B.copy_(torch.eye(10, 3))
-        layer.gate["mu"].copy_(mu[None])
-        layer.gate["log_sigma"].copy_(sigma.log()[None])
-        x = torch.ones(20000, 2, 6)                  # eval(): the mode of the root decides
-        m = (layer.eval()(x) - F.linear(x, layer.weight, layer.bias))[..., :3] / 6   # [N, T, r]
+        layer.lora.A.fill_(1.0)
+        layer.lora.B.copy_(torch.eye(10, 3))
+        layer.lora.gate["mu"].copy_(mu[None])
+        layer.lora.gate["log_sigma"].copy_(sigma.log()[None])
+        x = torch.ones(20000, 2, 6)
+        m = (layer(x) - F.linear(x, layer.weight, layer.bias))[..., :3] / 6   # [N, T, r]
     assert torch.allclose(m[:, 0], m[:, 1], atol=1e-4)
     m = m[:, 0]
     assert torch.allclose(m.mean(0), mu, atol=0.1) and torch.allclose(m.std(0), sigma, rtol=0.03)
@@ -293,8 +294,8 @@ def test_a_part_follows_the_parameters_whatever_ran_before():
 def test_export_trace_and_vmap_over_samples_and_over_experiments(edges):
     model, _ = adapted(3, edges=edges)
     x, z, wanted = inputs(**DOUBLE), inputs(seed=8), model.eval()(inputs(seed=8))
-    assert torch.equal(torch.export.export(model, (inputs(),)).module()(z), wanted)
-    assert torch.equal(torch.jit.trace(model, inputs())(z), wanted)
+    for other in (torch.export.export(model, (inputs(),)).module(), torch.jit.trace(model, inputs())):
+        assert torch.allclose(other(z), wanted, rtol=1e-4, atol=1e-4)    # fused on some processors
     assert torch.allclose(vmap(model.double())(x), model(x), rtol=1e-9)
     trainable = {n: p.detach() for n, p in model.named_parameters()
                  if p.requires_grad and not n.endswith("probe")}
@@ -439,11 +440,11 @@ def test_edges_and_mixing_before_the_first_gradient():
 
 
 def test_edges_all_hear_everyone_at_random_signs():
-    first, same, graph = (graph_of(12, seed, edges="all")[0] for seed in (0, 0, 1))
-    assert torch.equal(first.sign, same.sign) and not torch.equal(first.sign, graph.sign)
-    assert torch.equal(first.P, graph.P) and torch.equal(first.Q, graph.Q)       # in every run
-    assert (graph.sign.diagonal() == 1).all() and (graph.sign.abs() == 1).all()
-    assert abs(graph.sign.sum().item() - 2 * 12) < 4 * math.sqrt(2 * 12 * 11)        # 4 deviations
+    first, graph = (graph_of(12, seed, edges="all")[0] for seed in (0, 1))
+    for name in ("signs", "P", "Q"):                 # are the same in every run
+        assert torch.equal(first.get_buffer(name), graph.get_buffer(name))
+    assert (graph.signs.diagonal() == 1).all() and (graph.signs.abs() == 1).all()
+    assert abs(graph.signs.sum().item() - 2 * 12) < 4 * math.sqrt(2 * 12 * 11)       # 4 deviations
 
 
 # --- Probes and similarity edges
@@ -457,16 +458,15 @@ def with_gradients(adapters, wanted):
 def test_a_probe_has_the_sketch_of_the_dense_gradient(gate, edges):
     model = chain(4)
     adapters = attach(model, Config(rank=2, gate=gate, edges=edges))
-    for layer in adapters.layers.values():
+    for name, layer in adapters.layers.items():
         layer.B.data.normal_()
-        layer.weight.requires_grad_(True)            # dL/dW0 is dL/dW
+        model.get_submodule(name).weight.requires_grad_(True)    # dL/dW0 is dL/dW
     for tokens in (3, 0):                            # micro-batches add up, as gradients do
         model(inputs(tokens=tokens)).square().sum().backward()
-        for graph in adapters.graphs:
-            for layer in graph.layers:
-                wanted = graph.P.T @ layer.weight.grad @ graph.Q
-                error = (layer.probe.grad - wanted).abs().max()
-                assert error < 1e-3 * wanted.abs().max()
+        for name, layer in adapters.layers.items():
+            wanted = layer.graph.P.T @ model.get_submodule(name).weight.grad @ layer.graph.Q
+            error = (layer.probe.grad - wanted).abs().max()
+            assert error < 1e-3 * wanted.abs().max()
     output = model.eval()(inputs())
     for layer in adapters.layers.values():
         layer.probe.data.normal_()
@@ -492,11 +492,11 @@ def test_similarity_edges_point_to_the_most_similar_gradient_of_all_but_neighbou
         assert not chosen[6] & {0, 3}
     _, adapters = adapted(3, edges="hybrid")                 # nobody is left for the middle one
     for graph in adapters.graphs:
-        assert senders(graph) == [{1, 2}, {0, 2}, {0, 1}] and not graph.hears[1, -1].any()
+        assert senders(graph) == [{1, 2}, {0, 2}, {0, 1}] and not graph.senders()[1, -1].any()
 
 
 @pytest.mark.parametrize("edges,coordinator", [*product(EDGES, COORDINATORS[1:])])
-def test_probes_feed_a_running_mean_until_they_rest(edges, coordinator):
+def test_probes_feed_a_running_mean_until_the_edges_settle(edges, coordinator):
     graph, adapters = graph_of(4, edges=edges, coordinator=coordinator)
     learns = edges in ("similarity", "hybrid") and coordinator != "none"
     last, mean, start = EDGES_SETTLE if learns else 1, torch.zeros(4, 4, 4), senders(graph)
@@ -508,8 +508,8 @@ def test_probes_feed_a_running_mean_until_they_rest(edges, coordinator):
         if step <= last:
             mean = GRADIENT_DECAY * mean + (1 - GRADIENT_DECAY) * graph.P.T @ wanted @ graph.Q
         assert torch.allclose(graph.gradient, mean, atol=1e-4)
-        assert all(layer.probe.grad is None for layer in graph.layers)
-        assert all(layer.probe.requires_grad == (step < last) for layer in graph.layers)
+        assert all(layer.probe.grad is None and layer.probe.requires_grad for layer in graph.layers)
+        assert graph.probing == (step < last)
         assert step <= last or senders(graph) == before
     assert learns == (senders(graph) != start)
 
@@ -535,9 +535,9 @@ def rate_by_hand(adapters):
     """The sum of 1/2 log(1 + mu^2 / sigma^2) over the directions that there are."""
     total = 0.0
     for graph in adapters.graphs:
-        for layer, hears, sign in zip(graph.layers, graph.hears, graph.sign):
+        for layer, row, removed in zip(graph.layers, graph.senders(), graph.removed):
             mu, sigma = layer.gate["mu"], layer.gate["log_sigma"].exp()
-            there = hears.sum(1)[:, None] * sign.abs()
+            there = row.sum(1)[:, None] * (removed == 0)
             total = total + (0.5 * torch.log(1 + mu ** 2 / sigma ** 2) * there).sum()
     return total
 
@@ -572,9 +572,9 @@ def test_the_budget_keeps_what_a_sort_by_hand_keeps(gate, edges, budget):
     adapters.prune(1.0)
     for graph in adapters.graphs:
         for l, layer in enumerate(graph.layers):
-            for slot in graph.hears[l].sum(1).nonzero()[:, 0]:
-                strength = gate_strength({name: p[slot] for name, p in layer.gate.items()})
-                pairs += zip(strength.tolist(), (graph.sign[l, slot] != 0).tolist())
+            for place in graph.senders()[l].sum(1).nonzero()[:, 0]:
+                strength = gate_strength({name: p[place] for name, p in layer.gate.items()})
+                pairs += zip(strength.tolist(), (graph.removed[l, place] == 0).tolist())
     count = min(len(pairs), max(1, round(budget * 8)))           # 4 layers of each of two kinds
     wanted = [True] * count + [False] * (len(pairs) - count)
     assert [kept for _, kept in sorted(pairs, reverse=True)] == wanted and left(adapters) == count
@@ -598,14 +598,14 @@ def test_the_schedule_is_cubic_starts_at_40_percent_and_ends_at_80():
 def test_a_removed_direction_never_returns_and_edges_stay_then():
     _, adapters = adapted(6, budget=2.0)
     adapters.prune(0.6)
-    before = [(graph.sign == 0, graph.hears.clone()) for graph in adapters.graphs]
+    before = [(graph.removed > 0, graph.senders().clone()) for graph in adapters.graphs]
     for layer in adapters.layers.values():           # turn the ranking upside down
         layer.gate["mu"].data.copy_(1 / layer.gate["mu"].data)
         layer.probe.grad = torch.randn(4, 4)
     adapters.observe_gradients()
     adapters.prune(0.7)
-    for graph, (removed, hears) in zip(adapters.graphs, before):
-        assert not graph.sign[removed].any() and torch.equal(graph.hears, hears)
+    for graph, (removed, edges) in zip(adapters.graphs, before):
+        assert graph.removed[removed].all() and torch.equal(graph.senders(), edges)
 
 
 # --- Diagnostics
@@ -623,8 +623,8 @@ def test_diagnostics_equal_dense_computations(gate, coordinator):
         pairs.append((cosine.diagonal(1), F.cosine_similarity(gradient[1:], gradient[:-1])))
         assert torch.allclose(got["cosine_matrix"][kind].double(), cosine, atol=1e-5)
         assert torch.allclose(got["mixing"][kind].double(), by_hand_mixing(graph), atol=1e-5)
-        for name, layer, hears in zip(graph.names, graph.layers, graph.hears):
-            there = hears.sum(1) > 0                 # the slots with a sender
+        for name, layer, row in zip(graph.names, graph.layers, graph.senders()):
+            there = row.sum(1) > 0                   # the messages with a sender
             assert gate == "none" or got["gate_mean"][name] == pytest.approx(
                 open_gates(layer)[there].mean().item(), abs=1e-6)
             values = torch.linalg.svdvals(updates[name].detach())
