@@ -625,8 +625,8 @@ class StructLoRA:
             return                               # nothing was learned
         needed = self.config.gate != "none" or any(g.learns_edges for g in self.graphs)
         if needed and self.graphs[0].steps == 0:
-            warnings.warn("observe_gradients() was never called: beta stayed at its first value, "
-                          "and no similarity edge was chosen", stacklevel=3)
+            warnings.warn("observe_gradients() was never called: beta and the similarity edges "
+                          "stayed as they began", stacklevel=3)
         if self.config.budget and not any(g.removed.any() for g in self.graphs):
             warnings.warn("prune(progress) has removed nothing: the budget is not kept",
                           stacklevel=3)

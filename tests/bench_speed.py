@@ -49,8 +49,8 @@ GEOMETRIES = {
     "llama-7b": (lambda: Llama(LlamaConfig()), 1, 4, 512, "gpu")}
 LORA = {"gate": "none", "coordinator": "none"}
 METHODS = {"floor": None, "LoRA": LORA, "gate only": {"coordinator": "none"},
-           "coordinator only": {"gate": "none", "edges": "hybrid"},
-           "hybrid": {"edges": "hybrid"}, "all": {},
+           "coordinator only": {"gate": "none"},
+           "hybrid": {}, "all": {"edges": "all"},
            "PEFT LoRA": {"r": RANK, "lora_alpha": 16},
            "PEFT DoRA": {"r": RANK, "lora_alpha": 16, "use_dora": True}}
 
