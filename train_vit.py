@@ -14,13 +14,15 @@ Order of this file: model, checkpoints, data, demo, training, main.
 
 import argparse
 import dataclasses
-import functools
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
@@ -40,7 +42,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}         # DeiT
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
-LEARNING_RATES = {"lora": 1e-2, "matched": 7e-3, "hybrid": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
+LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
 # --- Model
@@ -113,6 +115,110 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)                                                         # [N, T, D]
         return self.head(self.norm(x[:, 0]))                                     # [N, C]
+
+
+# --- Fine-tuning
+
+def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
+              out: Path) -> dict[str, str]:
+    """One run: attach, train, export, score -> its row of the table. Writes under `out`. `model` is
+    the frozen one again in the end, or with --merge the merged one."""
+    torch.manual_seed(args.seed)
+    adapters = attach(model, config)
+    if not model.head.weight.any():                              # a new head is trained too
+        model.head.float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
+    digest = fingerprint(*train, *test)
+    lines = resume_run(out, adapters, optimizer, args, digest)   # of metrics.jsonl
+    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
+    (rank, world), parallel = processes(), model
+    if world > 1:                                                # torchrun; the probes end
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
+                                                       broadcast_buffers=False)
+    images, labels = (tensor.to(args.device) for tensor in train)
+    model.train()
+    for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
+        began, total = time.perf_counter(), 0.0
+        torch.manual_seed((args.seed * args.steps + step) * world + rank)    # --resume needs it
+        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
+            batch = batch_indices(len(labels), args.batch_size * world, number, args.seed)
+            batch = batch[rank::world].to(args.device)
+            x = prepare(images[batch], model.config, augment=True)
+            with autocast(args):
+                loss = F.cross_entropy(parallel(x).float(), labels[batch])
+            ((loss + adapters.penalty(len(labels))) / args.accumulate).backward()        # Eq. 4
+            total += loss.item() / args.accumulate
+        adapters.observe_gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        adapters.prune((step + 1) / args.steps)
+        lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
+                      "ms": 1e3 * (time.perf_counter() - began)})
+        save_run(out, adapters, optimizer, lines, args, digest)
+    told = costs(adapters, lines)
+    if rank == 0:                                                # before anything else can fail
+        adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
+    if args.merge and adapters.merge() and rank == 0:
+        save_vit(model, out / "merged.pt")
+    row = summary(name, evaluate(model, test, args), told)
+    adapters.detach()
+    return row
+
+
+@torch.no_grad()
+def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
+    """Accuracy and cross entropy on the whole test set."""
+    logits = []
+    for images in test[0].split(256):
+        with autocast(args):
+            logits.append(model.eval()(prepare(images.to(args.device), model.config)).float().cpu())
+    logits, labels = torch.cat(logits), test[1]
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
+
+
+def main() -> None:
+    """Data, backbone, then one method, or all of the demo's, on the same examples."""
+    args = options(__doc__, steps=(300, "optimizer steps"), batch_size=(32, "images in a step"),
+                   out=("out/vit", "folder for all results"),
+                   image_size=(int, "of the model, its positions resized (the checkpoint's)"),
+                   num_heads=(int, "attention heads of a .pth (64 wide)"))
+    path, shots, classes, runs = args.checkpoint, args.shots, 10, trials(args, LEARNING_RATES)
+
+    def load() -> ViT:
+        model = load_vit(path, classes, args.image_size, args.num_heads)
+        return model.to(args.device, getattr(torch, args.dtype))
+
+    if path:
+        train, test, names = read_images(args.data)
+        classes = len(names)
+        print(f"{classes} classes: {', '.join(names[:5])}{', ...' * (classes > 5)}")
+        model = load()
+    else:
+        train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
+        model, shots = small_vit(), shots or (None if args.fraction else 50)
+    train = take(train, choose(train[1], shots, args.fraction, args.seed))
+    check_rows(len(train[1]))
+    for trial in runs:
+        check_config(model, trial.config)
+    if isinstance(train[0], np.ndarray):                         # files
+        size = model.config.image_size
+        train, test = ((torch.stack([square(file, size) for file in files]), labels)
+                       for files, labels in (train, test))
+    if not path:
+        path = pretrained(args)
+        model = load()
+    name = adapters_beside(model, args)
+    if args.eval_only and not model.head.weight.any():
+        raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
+    table = [summary(name, evaluate(model, test, args))]
+    for name, out, config, lr in runs:
+        if args.merge and not args.checkpoint:
+            model = load()                                       # the last trial's is merged
+        table.append(fine_tune(args, config, lr, model, train, test, name, out))
+    print_table(table)
 
 
 # --- Checkpoints: for each format, what their names become in ours, in this order
@@ -333,7 +439,6 @@ def square(path: Path, size: int) -> torch.Tensor:
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
 
 
-
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
     """uint8 [N, 3, H, W] -> normalised images [N, 3, S, S]. augment: each flipped at random, and
     moved by up to an eighth of its size."""
@@ -414,135 +519,58 @@ def pretrained(args, steps: int = 500) -> Path:
     return path
 
 
-
-# --- Training
-
-
-
-@torch.no_grad()
-def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
-    """Accuracy and cross entropy on the whole test set."""
-    logits = []
-    for images in test[0].split(256):
-        with autocast(args):
-            logits.append(model.eval()(prepare(images.to(args.device), model.config)).float().cpu())
-    logits, labels = torch.cat(logits), test[1]
-    accuracy = (logits.argmax(1) == labels).float().mean().item()
-    return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
-
-
-def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
-              out: Path) -> dict[str, str]:
-    """One run: attach, train, export -> its row of the table. Writes under `out`."""
-    torch.manual_seed(args.seed)
-    adapters = attach(model, config)
-    if not model.head.weight.any():                              # a new head is trained too
-        model.head.float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
-    lines = resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
-    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
-    (rank, world), parallel = processes(), model
-    if world > 1:                                                # torchrun; the probes end
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
-                                                       broadcast_buffers=False)
-    images, labels = (tensor.to(args.device) for tensor in train)
-    model.train()
-    for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
-        began, total = time.perf_counter(), 0.0
-        torch.manual_seed((args.seed * args.steps + step) * world + rank)    # --resume needs it
-        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
-            batch = batch_indices(len(labels), args.batch_size * world, number, args.seed)
-            batch = batch[rank::world].to(args.device)
-            x = prepare(images[batch], model.config, augment=True)
-            with autocast(args):
-                loss = F.cross_entropy(parallel(x).float(), labels[batch])
-            ((loss + adapters.penalty(len(labels))) / args.accumulate).backward()        # Eq. 4
-            total += loss.item() / args.accumulate
-        adapters.observe_gradients()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        adapters.prune((step + 1) / args.steps)
-        lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
-                      "ms": 1e3 * (time.perf_counter() - began)})
-        save_run(out, adapters, optimizer, lines, args)
-    row = summary(name, evaluate(model, test, args), adapters, lines)
-    if rank == 0:
-        adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
-    if rank == 0 and args.merge:
-        save_vit(adapters.merge(), out / "merged.pt")
-    return row
-
-
-# --- Main
-
-
-
-def main() -> None:
-    """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
-                              image_size=int, num_heads=int)     # the checkpoint's
-    out, path, shots, classes = Path(args.out), args.checkpoint, args.shots, 10
-
-    def load() -> ViT:
-        model = load_vit(path, classes, args.image_size, args.num_heads)
-        return model.to(args.device, getattr(torch, args.dtype))
-
-    def run(model: ViT, method: str, name: str, which: str, **changes) -> dict[str, str]:
-        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
-        return fine_tune(args, config, lr, model, train, test, name,
-                         out if args.checkpoint else out / which)
-
-    if path:
-        train, test, names = read_images(args.data)
-        classes = len(names)
-        print(f"{classes} classes: {', '.join(names[:5])}{', ...' * (classes > 5)}")
-        model = load()
-        if args.eval_only and not model.head.weight.any():
-            raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
-    else:
-        train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
-        model, shots = small_vit(), shots or (None if args.fraction else 50)
-    train = take(train, choose(train[1], shots, args.fraction, args.seed))
-    attach(model, make_config(args, args.method)).detach()       # refused before files are written
-    if isinstance(train[0], np.ndarray):                         # files
-        size = model.config.image_size
-        train, test = ((torch.stack([square(file, size) for file in files]), labels)
-                       for files, labels in (train, test))
-    if not path:
-        path = pretrained(args)
-        model = load()
-    compare(args, model, load, run, functools.partial(evaluate, test=test, args=args))
-
-
-# --- What the three scripts share: options, batches, run state, processes, the table
+# --- What the three scripts share: options, trials, files, run state, batches, processes, the table
 
 STOP = []                            # not empty once Ctrl-C was pressed
 TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
-RUN = {"targets": ",".join(Config.targets), "method": "structlora", "accumulate": 1, "seed": 0,
-       "save_every": 100, "resume": False, "merge": False, "eval_only": False,
-       "device": "cuda" if torch.cuda.is_available() else "cpu",
-       "alpha": float, "budget": float, "shots": int, "fraction": float, "lr": float,
-       "checkpoint": str, "data": str, "dtype": str}         # a type: no default
+PLAIN = {"gate": "none", "coordinator": "none", "budget": None}  # these make a Config plain LoRA
+Trial = namedtuple("Trial", "name out config lr")
+OPTIONS = {                          # name -> default, or a type if there is none; help
+    "checkpoint": (str, "the pretrained model; without it the demo runs"),
+    "data": (str, "what to train and to test on"),
+    "method": ("structlora", "structlora or lora; the demo runs both"),
+    "rank": (2, "directions of a layer"),
+    "alpha": (float, "updates are scaled by alpha / rank (2 rank)"),
+    "dropout": (Config.dropout, "on the input of the update"),
+    "targets": (",".join(Config.targets), "last parts of the names of the layers to adapt"),
+    "gate": (Config.gate, "gaussian, concrete or none"),
+    "beta": (Config.beta, "weight of the gates' rate in the loss"),
+    "coordinator": (Config.coordinator, "attention, uniform or none"),
+    "edges": (Config.edges, "who hears whom: hybrid, depth, similarity or all"),
+    "budget": (float, "directions to keep, on average over the layers (all)"),
+    "shots": (int, "labelled training examples of each class (all)"),
+    "fraction": (float, "or the share of them to train on"),
+    "seed": (0, "of everything random"),
+    "steps": (200, "optimizer steps"),
+    "lr": (float, "learning rate of the factors (LEARNING_RATES in the script)"),
+    "batch_size": (16, "examples in a backward pass of a process"),
+    "accumulate": (1, "backward passes in a step"),
+    "save_every": (100, "steps after which adapter.pt is written"),
+    "out": ("out", "folder for all results"),
+    "resume": (False, "go on where OUT/adapter.pt stopped"),
+    "eval_only": (False, "only score the checkpoint, with OUT/adapter.pt if there is one"),
+    "merge": (False, "also write the merged model, OUT/merged.pt"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ..."),
+    "dtype": (str, "float32 or bfloat16 (bfloat16 on cuda)")}
 
 
 def options(description: str, **own) -> argparse.Namespace:
-    """The options of a script, checked: the fields of Config, those of every run, and its `own`
-    (name=default, or a type). Joins the processes that torchrun started."""
+    """The options of a script, checked: OPTIONS and its `own`, name=(default or type, help). Joins
+    the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
+    for name, (default, words) in (OPTIONS | own).items():
         flag = f"--{name.replace('_', '-')}"
         if default is False:
-            parser.add_argument(flag, action="store_true")
+            parser.add_argument(flag, action="store_true", help=words)
         elif isinstance(default, type):
-            parser.add_argument(flag, type=default)
+            parser.add_argument(flag, type=default, help=words)
         else:
-            parser.add_argument(flag, type=type(default), default=default)
+            parser.add_argument(flag, type=type(default), default=default,
+                                help=f"{words} ({default})")
     args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
+    cuda, out = args.device.startswith("cuda"), Path(args.out).absolute()
     args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     for name, value in vars(args).items():
@@ -555,15 +583,17 @@ def options(description: str, **own) -> argparse.Namespace:
         raise ValueError("--fraction: at most 1, and not together with --shots")
     if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
         raise ValueError("--checkpoint and --data go together; --eval-only needs them")
-    make_config(args, "structlora")
-    out = Path(args.out).absolute()
+    make_config(args)
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: cannot be written")
+    saved = "adapter.pt" if args.checkpoint else "*/adapter.pt"  # a demo may have begun some trials
+    if args.resume and not any(out.glob(saved)):
+        raise ValueError(f"--resume: there is no {args.out}/{saved} to go on from")
     if "WORLD_SIZE" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
         dist.init_process_group("nccl" if cuda else "gloo")
-        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+        sys.stdout = open(os.devnull, "w", encoding="utf-8") if dist.get_rank() else sys.stdout
     args.processes = processes()[1]
     try:
         torch.zeros(1, device=args.device)
@@ -572,11 +602,105 @@ def options(description: str, **own) -> argparse.Namespace:
     return args
 
 
-def make_config(args: argparse.Namespace, method: str, **changes) -> Config:
-    """The Config that the options describe, or plain LoRA's."""
+def make_config(args: argparse.Namespace, **changes) -> Config:
+    """The Config that the options describe; with --method lora that of plain LoRA."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    plain = {"gate": "none", "coordinator": "none", "budget": None} if method == "lora" else {}
-    return Config(**fields | plain | changes)
+    return Config(**fields | (PLAIN if args.method == "lora" else {}) | changes)
+
+
+def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[Trial]:
+    """The runs of this command line: one on a checkpoint (none with --eval-only), and four in a
+    demo. learning_rates: of "checkpoint", and of the demo's, which are also its folders."""
+    out, r, alpha = Path(args.out), args.rank, args.alpha
+    table = (("lora", f"LoRA r={r}", PLAIN),
+             ("lora4r", f"LoRA r={4 * r}", {"rank": 4 * r, "alpha": 4 * alpha} | PLAIN),
+             ("structlora", f"StructLoRA r={r}", {}),
+             ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"}))
+    if args.checkpoint:
+        rows = [Trial(f"{args.method} r={r}", out, make_config(args), learning_rates["checkpoint"])]
+    else:
+        method = argparse.Namespace(**vars(args) | {"method": "structlora"})
+        rows = [Trial(name, out / folder, make_config(method, **changes), learning_rates[folder])
+                for folder, name, changes in table]
+    return [row._replace(lr=args.lr or row.lr) for row in rows if not args.eval_only]
+
+
+def check_config(model: nn.Module, config: Config) -> None:
+    """Raises ValueError if `model` cannot be adapted like this: known before files are written and
+    anything long starts. Attaches and removes adapters, which leaves no trace."""
+    attach(model, config).detach()
+
+
+def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
+    """With --eval-only gives `model` the adapters of OUT/adapter.pt, if there are any. Returns what
+    is scored: the name of the table's first row."""
+    path = Path(args.out, "adapter.pt")
+    if not args.eval_only or not path.exists():
+        return "frozen"
+    if Path(args.checkpoint).resolve().parent == path.resolve().parent:
+        return "frozen"                                          # OUT/merged.pt has them in it
+    with reading(path):
+        classes = load_torch(path).get("options", {}).get("classes")     # of train_vit.py
+        if classes not in (None, getattr(args, "classes", None)):
+            raise ValueError(f"its classes are {', '.join(classes)[:99]}, not those of the data")
+    StructLoRA.load(model, path)
+    return str(path)
+
+
+def only(record: dict, known: tuple, ignored: tuple = (), what: str = "") -> None:
+    """Raises ValueError that names the keys of `record` that nobody here knows what to do with:
+    neither in `known` nor in `ignored`, and not empty (None, "", [], {}, NaN)."""
+    foreign = [key for key, value in record.items() if key not in (*known, *ignored)
+               and value is not None and value not in ("", [], {}) and value == value]
+    if foreign:
+        raise ValueError(f"{what or 'it'} has {', '.join(map(str, foreign))}, which nothing here "
+                         f"would use; known are {', '.join(known)}")
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold the weights of a Hugging Face folder, chosen as transformers does:
+    pytorch_model.bin, else those of pytorch_model.bin.index.json, else the one complete set
+    pytorch_model-0000i-of-0000n.bin. Whatever else lies there is not read. Raises ValueError that
+    names what is missing; says if there are safetensors, which transformers would prefer."""
+    folder, index = Path(folder), Path(folder, "pytorch_model.bin.index.json")
+    names, sets = {path.name for path in folder.iterdir()}, {}
+    for name in sorted(names):
+        if match := re.fullmatch(r"pytorch_model-\d+-of-0*(\d+)\.bin", name):
+            sets.setdefault(int(match[1]), []).append(name)
+    if "pytorch_model.bin" in names:
+        chosen = ["pytorch_model.bin"]
+    elif index.exists():
+        with reading(index):
+            placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            chosen = sorted(set(placed.values()))
+            if not chosen or any(Path(name).name != name for name in chosen):
+                raise ValueError("its weight_map names no files of this folder")
+    elif len(sets) == 1:
+        (count, there), = sets.items()
+        chosen = [f"pytorch_model-{i:05d}-of-{count:05d}.bin" for i in range(1, count + 1)]
+    elif sets:
+        raise ValueError(f"{folder}: weights in {' and in '.join(map(str, sets))} parts, and no "
+                         "pytorch_model.bin.index.json says which count")
+    elif "adapter_config.json" in names:
+        raise ValueError(f"{folder}: an adapter of PEFT, no model: merge it into its model first")
+    else:
+        return [folder / "pytorch_model.bin"]                    # load_torch says what to do
+    for name in chosen:
+        if name not in names:
+            raise ValueError(f"{folder / name}: missing")
+    if any(name.endswith(".safetensors") for name in names):
+        print(f"{folder}: reading {chosen[0]}{' ...' * (len(chosen) > 1)}; the safetensors beside "
+              "are not read")
+    return [folder / name for name in chosen]
+
+
+def fingerprint(*values) -> str:
+    """A fingerprint of tensors [...] and of what repr() shows of anything else."""
+    result = hashlib.sha256()
+    for value in values:
+        tensor = torch.is_tensor(value)
+        result.update(value.contiguous().cpu().numpy().data if tensor else repr(value).encode())
+    return result.hexdigest()
 
 
 def processes() -> tuple[int, int]:
@@ -584,9 +708,16 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace) -> list[dict]:
+def check_rows(count: int) -> None:
+    """Raises ValueError if there are fewer training rows than processes: one would have none."""
+    if count < processes()[1]:
+        raise ValueError(f"{count} training rows for {processes()[1]} processes")
+
+
+def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace,
+               digest: str) -> list[dict]:
     """The log of the steps that are done: empty, or with --resume that of OUT/adapter.pt, if it is
-    of the same options."""
+    of the same options and of the same data, by their digest. A demo's trial without one begins."""
     path, lines = out / "adapter.pt", []
     if args.resume and path.exists():
         with reading(path):
@@ -594,6 +725,8 @@ def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namesp
             for name, value in file["options"].items():
                 if vars(args)[name] != value and name not in TRANSIENT:
                     raise ValueError(f"the run has {name}={value!r}, not {vars(args)[name]!r}")
+            if file["digest"] != digest:
+                raise ValueError("the run was on other training or test data: they have changed")
             adapters.load_state(file)
             optimizer.load_state_dict(file["optimizer"])
             lines = [*file["lines"]]
@@ -608,14 +741,16 @@ def stop_after_step(*_) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args) -> None:
+def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict],
+             args: argparse.Namespace, digest: str) -> None:
     """After each step: every --save-every steps, at the last, and on Ctrl-C writes config.json,
     metrics.jsonl and adapter.pt (what StructLoRA.save writes, and what --resume needs)."""
     step, options = len(lines), vars(args)
     if not math.isfinite(lines[-1]["loss"]):
         raise ValueError(f"the loss is {lines[-1]['loss']} in step {step}: lower --lr")
     if (step % args.save_every == 0 or step == args.steps or STOP) and processes()[0] == 0:
-        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options}
+        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options,
+               "digest": digest}
         write(out / "adapter.pt", adapters.state() | run)
         write(out / "config.json", json.dumps(options, indent=2))
         write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -623,21 +758,22 @@ def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args
         raise KeyboardInterrupt(f"saved after step {step} of {args.steps}: --resume goes on")
 
 
-def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = None,
-            lines: list[dict] = ()) -> dict[str, str]:
-    """A row of the table; the merged rank is a mean over the adapted layers."""
-    scores = {key: f"{value:.3f}" for key, value in scores.items()}
-    if not adapters:
-        return {"method": name} | scores
+def costs(adapters: StructLoRA, lines: list[dict]) -> dict[str, str]:
+    """What a run took, for its row of the table; the merged rank is a mean over the layers. To be
+    called before merge() or detach()."""
     told = adapters.diagnostics()
     kept, rate = told["kept"].values(), sum(told["rate"].values())
-    slots = sum(int(graph.hears.sum()) for graph in adapters.graphs) * adapters.config.rank
+    edges = sum(int((mixing != 0).sum()) for mixing in told["mixing"].values())
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
     times = sorted(line["ms"] for line in lines)
-    return {"method": name, "trainable": f"{trainable:,}",
-            "merged rank": f"{sum(kept) / len(kept):.1f}"} | scores | {
-            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{slots}",
+    return {"trainable": f"{trainable:,}", "merged rank": f"{sum(kept) / len(kept):.1f}",
+            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{edges * adapters.config.rank}",
             "ms/step": f"{times[len(times) // 2]:.1f}"}
+
+
+def summary(name: str, scores: dict[str, float], told: dict[str, str] | None = None) -> dict:
+    """A row of the table: scores, and what costs() told of a run."""
+    return {"method": name} | {key: f"{value:.3f}" for key, value in scores.items()} | (told or {})
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
@@ -650,7 +786,11 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def exit_status(main: Callable[[], None]) -> int:
-    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130."""
+    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130. What the
+    console cannot print is escaped: a name must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
@@ -706,29 +846,6 @@ def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def compare(args, model: nn.Module, load, run, score) -> None:
-    """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
-    method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
-    scores, run(model, method, name, which learning rate, **changes of Config) a row."""
-    adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
-    inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
-    if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
-        StructLoRA.load(model, adapter)
-        name = str(adapter)
-    table = [summary(name, score(model))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(load(), "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(32, max(1, round(float(ours["merged rank"]))))   # the narrowest layer's
-        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    print_table(table)
 
 
 if __name__ == "__main__":
