@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -38,9 +39,13 @@ from tqdm import tqdm
 import structlora
 from structlora import Config, StructLoRA, attach, load_torch, reading, write
 
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and timm's ViTs
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}         # DeiT
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's ViTs, and most of timm's
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}     # DeiT, torchvision
+NORMALISE = {"half": HALF, "imagenet": IMAGENET}
+WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wider than 64
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
+TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
 LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
@@ -60,6 +65,7 @@ class ViTConfig:
     eps: float = 1e-6                # of the layer norms
     mean: tuple = HALF["mean"]       # what the images are normalised with
     std: tuple = HALF["std"]
+    names: tuple = ()                # of the classes, where they are known
 
 
 class Attention(nn.Module):
@@ -184,17 +190,19 @@ def main() -> None:
     args = options(__doc__, steps=(300, "optimizer steps"), batch_size=(32, "images in a step"),
                    out=("out/vit", "folder for all results"),
                    image_size=(int, "of the model, its positions resized (the checkpoint's)"),
-                   num_heads=(int, "attention heads of a .pth (64 wide)"))
-    path, shots, classes, runs = args.checkpoint, args.shots, 10, trials(args, LEARNING_RATES)
+                   num_heads=(int, "attention heads of a .pth (64 wide)"),
+                   normalise=(str, "pictures by half or imagenet (as the checkpoint says)"))
+    args.classes = None                                          # their names, also in adapter.pt
+    path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
 
     def load() -> ViT:
-        model = load_vit(path, classes, args.image_size, args.num_heads)
+        model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
         return model.to(args.device, getattr(torch, args.dtype))
 
     if path:
-        train, test, names = read_images(args.data)
-        classes = len(names)
-        print(f"{classes} classes: {', '.join(names[:5])}{', ...' * (classes > 5)}")
+        train, test, args.classes = read_images(args.data)
+        print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"
+              f"{', ...' * (len(args.classes) > 5)}")
         model = load()
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
@@ -221,9 +229,14 @@ def main() -> None:
     print_table(table)
 
 
-# --- Checkpoints: for each format, what their names become in ours, in this order
+# --- Checkpoint readers: for each layout, what its names become in ours, in this order
 
 TIMM = {"patch_embed.proj.": "patch_embed.", ".attn.proj.": ".attn.o_proj.", ".mlp.fc": ".fc"}
+TORCHVISION = {
+    "conv_proj": "patch_embed", "class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.", "encoder.ln": "norm", "ln_": "norm",
+    "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.o_proj",
+    "mlp.linear_": "fc", "mlp.0": "fc1", "mlp.3": "fc2", "heads.": ""}
 HUGGINGFACE = {
     "vit.": "", "encoder.layer.": "blocks.", "layernorm_before": "norm1",
     "layernorm_after": "norm2", "attention.attention.query": "attn.q_proj",
@@ -241,47 +254,120 @@ GOOGLE = {
     "MultiHeadDotProductAttention_1/value": "attn.v_proj", "MlpBlock_3/Dense_0": "fc1",
     "MultiHeadDotProductAttention_1/out": "attn.o_proj", "MlpBlock_3/Dense_1": "fc2",
     "/": "."}
+FOREIGN = {"dist": "of a distilled DeiT", "fc_norm": "of a ViT that averages its tokens (MAE's)",
+           "reg_token": "of a ViT with registers", "register": "of a ViT with registers",
+           ".ls": "of a ViT with layer scale", "model.": "with Lightning's prefix: save it without",
+           "vit.": "Hugging Face's: give its folder, with config.json"}
+FIXED = {"model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
+         "problem_type": "single_label_classification"}          # of Hugging Face's config.json
+SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "intermediate_size": "mlp",
+         "image_size": "image_size", "patch_size": "patch_size"}
+IGNORED = ("architectures", "transformers_version", "dtype", "torch_dtype", "label2id",
+           "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range",
+           "encoder_stride", "pooler_act", "pooler_output_size", "return_dict", "_name_or_path",
+           "finetuning_task")
+READ = ("read are Google's .npz; a .pth of timm, DeiT, DINO's backbone, torchvision or save_vit, at "
+        "its top or under model or state_dict; and a folder of Hugging Face or timm")
 
 
 def load_vit(path: str | Path, num_classes: int | None = None, image_size: int | None = None,
-             num_heads: int | None = None) -> ViT:
-    """Reads a ViT checkpoint in fp32: Google's .npz, a .pth of timm or DeiT, a folder of Hugging
-    Face, or what save_vit wrote.
+             num_heads: int | None = None, names: list[str] | None = None,
+             normalise: str | None = None) -> ViT:
+    """Reads a ViT checkpoint in fp32; READ says of which layouts. Prints what cannot be guessed.
 
-    num_classes other than the file's: a new head of zeros, which is said. image_size other than
-    the file's: position embeddings resized (bicubic). num_heads: for .pth files, which do not say
-    (64 wide heads, or 80 wide if the sizes are ViT-H's). Raises ValueError that names the file and
-    the key."""
+    num_classes other than the file's: a new head of zeros. names: those of the classes, see
+    fit_head. image_size other than the file's: position embeddings resized (bicubic). num_heads:
+    for .pth files, which do not say (64 wide heads, or 16 if the width is one of WIDE). normalise:
+    "half" or "imagenet", whatever the file says. Raises ValueError that names file and key."""
     path = Path(path)
     with reading(path):
-        read = read_google if path.suffix == ".npz" else read_timm
-        t, known = read_huggingface(path) if path.is_dir() else read(path)
+        if normalise not in (None, *NORMALISE):
+            raise ValueError(f"--normalise {normalise}: must be one of {', '.join(NORMALISE)}")
+        read = read_folder if path.is_dir() else read_google if path.suffix == ".npz" else read_pth
+        t, known = read(path)
+        check_names(t)
         structlora.check_finite(t)
-        width, _, patch, _ = t["patch_embed.weight"].shape
-        depth = len([key for key in t if key.endswith("norm1.weight")])
-        heads = known.pop("heads", 16 if (width, depth) == (1280, 32) else width // 64)
-        heads = num_heads or heads
-        if num_classes not in (None, len(t.get("head.weight", ()))):
-            print(f"{path}: a new head for {num_classes} classes")
-            t = {key: value for key, value in t.items() if not key.startswith("pre_logits")}
-            t["head.weight"] = torch.zeros(num_classes, width)
-            t["head.bias"] = torch.zeros(num_classes)
-        grid = math.isqrt(t["pos_embed"].shape[1] - 1)
-        if image_size not in (None, grid * patch):
-            token, old = t["pos_embed"][:, :1], t["pos_embed"][:, 1:].mT.unflatten(2, (grid, grid))
-            grid, rest = divmod(image_size, patch)
-            if rest:
-                raise ValueError(f"image size {image_size} is no multiple of the patch, {patch}")
-            new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
-            t["pos_embed"] = torch.cat([token, new.flatten(2).mT], 1)
+        (width, _, patch, _), grid = t["patch_embed.weight"].shape, t["pos_embed"].shape[1] - 1
+        heads = known.pop("heads", None) or (16 if width in WIDE else width // 64) or 1
+        sizes = {"image_size": math.isqrt(grid) * patch, "patch_size": patch, "width": width,
+                 "depth": sum(name.endswith("norm1.weight") for name in t),
+                 "heads": num_heads or heads, "mlp": len(t["blocks.0.fc1.weight"])}
+        for what, size, value in known.pop("claims", ()):
+            if value not in (None, sizes[size]) and (size, value) != ("image_size", image_size):
+                raise ValueError(f"{what} is {value}, but {sizes[size]} by the tensors")
+        if image_size not in (None, sizes["image_size"]):
+            t["pos_embed"] = resized(t["pos_embed"], image_size, patch)
+            sizes["image_size"] = image_size
+        guess, said = known.pop("guess", HALF), normalise or "mean" in known
+        known = guess | known | NORMALISE.get(normalise, {})
+        known["names"] = fit_head(t, known.get("names", ()), names, num_classes, path)
         with torch.device("meta"):
-            model = ViT(ViTConfig(grid * patch, patch, width, depth, heads or 1,
-                                  len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
+            model = ViT(ViTConfig(classes=len(t["head.weight"]), **sizes, **known))
         model.load_state_dict(t, assign=True)
+    print("{}: {depth} blocks, {heads} heads, {image_size} x {image_size}, normalised with mean "
+          "{mean} and deviation {std}{}".format(
+              path, "" if said else " (the file does not say: --normalise)", **vars(model.config)))
     return model
 
 
-def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+def check_names(t: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for a tensor that has no place in a ViT, or if the first ones are lacking.
+    pre_logits may go with the head."""
+    with torch.device("meta"):
+        mine = ViT(ViTConfig(1, 1, 1, 1, 1, 1, 1)).state_dict()
+    for name in t:
+        if re.sub(r"(?<=^blocks\.)\d+", "0", name) not in mine and "pre_logits" not in name:
+            kind = next((kind for part, kind in FOREIGN.items() if part in name), "")
+            raise ValueError(f"{name} {kind or 'is'}: no part of a plain ViT with a class token; {READ}")
+    for name in mine:
+        if "head" not in name and name not in t:
+            raise ValueError(f"{name} is missing; {READ}")
+
+
+def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, count: int | None,
+             path: Path) -> tuple:
+    """Gives `t` a head for the classes `names`, or for `count` of them, says how, and returns their
+    names. The rows follow the file's own names `had`. If either side only numbers its classes, a
+    head of as many is kept. Classes that the file does not have get a new one of zeros."""
+    rows = len(t.get("head.weight", ()))
+    numbers = [str(n) for n in range(rows)]
+    if list(had) in (numbers, [f"LABEL_{n}" for n in numbers]) or not rows:
+        had = ()
+    if names is None and count in (None, rows):
+        return had
+    count, order = len(names) if names else count, [*range(rows)]
+    if names and len(set(had)) == rows and set(names) <= set(had):
+        order = [had.index(name) for name in names]
+        print(f"{path}: the rows of its head by the names of the classes")
+    elif names and rows == count and (not had or set(names) == set(numbers)):
+        if set(names) == set(numbers):               # folders 0, 1, 10, 2 ...
+            order = [int(name) for name in names]
+        print(f"{path}: the head is kept as it is, since "
+              f"{'the data only number their' if had else 'the file does not name its'} classes")
+    else:
+        for key in [key for key in t if key.startswith("pre_logits")]:
+            del t[key]
+        t["head.weight"] = torch.zeros(count, len(t["norm.bias"]))
+        t["head.bias"] = torch.zeros(count)
+        print(f"{path}: a new head for {count} classes" + f", not {', '.join(had[:5])}" * bool(had))
+        return tuple(names or ())
+    for key in {"head.weight", "head.bias"} & t.keys():
+        t[key] = t[key][order]
+    return tuple(names)
+
+
+def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
+    """Position embeddings [1, 1 + grid^2, D], the class token's first, for images of size x size."""
+    token, old = positions[:, :1], positions[:, 1:].mT
+    grid, rest = divmod(size, patch)
+    if rest:
+        raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
+    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))                       # [1, D, grid, grid]
+    new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([token, new.flatten(2).mT], 1)
+
+
+def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
     """fp32 tensors by our names, a fused qkv in three."""
     result = {}
     for key, tensor in tensors.items():
@@ -296,35 +382,114 @@ def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, t
     return result
 
 
-def read_timm(path: Path) -> tuple[dict, dict]:
-    """A timm or DeiT .pth (fused qkv), also under "model" or "state_dict", or one of save_vit. They
-    do not name their normalisation: ImageNet's where the tensors stand under "model" as in DeiT's
-    own files, else 0.5."""
-    file = load_torch(path)
-    known = file.get("vit", IMAGENET if "model" in file else HALF)
-    return ours(file.get("model", file.get("state_dict", file)), TIMM), known
+def read_pth(path: Path) -> tuple[dict, dict]:
+    """Tensors by the names of timm (also DeiT, DINO) or of torchvision, or what save_vit wrote. Its
+    pictures' normalisation is ImageNet's for torchvision's, under "model" as in DeiT's own files,
+    and without a head (DINO's), else 0.5: no other file names it."""
+    try:
+        file = load_torch(path)
+    except pickle.UnpicklingError as error:
+        if "argparse.Namespace" not in str(error):
+            raise
+        raise ValueError(
+            "holds its training's options (an argparse.Namespace) beside the tensors, and was not "
+            "read. If you trust it, save those anew: torch.save({'model': torch.load('"
+            f"{path.name}', weights_only=False)['model']}}, 'tensors.pth')") from None
+    file = file if isinstance(file, dict) else {}
+    tensors = file.get("model", file.get("state_dict", file))
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"holds {', '.join(map(str, file))[:99] or 'nothing'}; {READ}")
+    if "vit" in file:
+        return renamed(tensors, {}), file["vit"]
+    if any("conv_proj." in name for name in tensors):
+        return renamed(tensors, TORCHVISION), IMAGENET
+    tensors, known = renamed(tensors, TIMM), {}
+    if "model" in file or "head.weight" not in tensors:
+        known = {"guess": IMAGENET}
+    return tensors, known
 
 
-def read_huggingface(folder: Path) -> tuple[dict, dict]:
-    """A folder with config.json and pytorch_model.bin of ViTForImageClassification or ViTModel."""
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type", "vit") != "vit" or config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"config.json: no plain ViT, but {config.get('model_type')} with "
-                         f"{config.get('hidden_act')}")
-    processor, image = folder / "preprocessor_config.json", {}
-    if processor.exists():
-        image = json.loads(processor.read_text())
-    tensors = ours(load_torch(folder / "pytorch_model.bin"), HUGGINGFACE)
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith("pooler.")}, {
-        "heads": config.get("num_attention_heads", 12), "eps": config.get("layer_norm_eps", 1e-12),
-        "mean": tuple(image.get("image_mean", HALF["mean"])),
-        "std": tuple(image.get("image_std", HALF["std"]))}
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    """A folder of config.json and pytorch_model.bin: of ViTForImageClassification or ViTModel, with
+    preprocessor_config.json, or of timm's hub."""
+    files = weight_files(folder)                                 # names an adapter, first
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = {}
+    for file in files:
+        with reading(file):
+            tensors |= load_torch(file)
+    if "architecture" in config:
+        return read_timm(config, renamed(tensors, TIMM))
+    return read_huggingface(folder, config, renamed(tensors, HUGGINGFACE))
+
+
+def read_timm(config: dict, tensors: dict) -> tuple[dict, dict]:
+    """timm's config.json: a plain ViT, how it is normalised, perhaps the names of its classes."""
+    only(config, ("architecture", "num_classes", "global_pool", "pretrained_cfg", "label_names"),
+         ("num_features", "label_descriptions", "tags", "license"), "config.json")
+    if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(_in21k)?(\..*)?", config["architecture"]):
+        raise ValueError(f"config.json: architecture {config['architecture']} is no plain ViT")
+    if config.get("global_pool", "token") != "token":
+        raise ValueError(f"config.json: global_pool {config['global_pool']} instead of token")
+    image = config.get("pretrained_cfg", {})
+    return tensors, normalisation(image.get("mean") or HALF["mean"], image.get("std") or HALF["std"]) | {
+        "names": tuple(config.get("label_names") or ()),
+        "claims": [("config.json: input_size", "image_size", image.get("input_size", [None])[-1])]}
+
+
+def read_huggingface(folder: Path, config: dict, tensors: dict) -> tuple[dict, dict]:
+    """Hugging Face's config.json and preprocessor_config.json."""
+    only({key: value for key, value in config.items() if value is not False},
+         (*FIXED, *SIZES, "num_attention_heads", "layer_norm_eps", "id2label"), IGNORED, "config.json")
+    for key, value in FIXED.items():
+        if config.get(key, value) not in (value, None):
+            raise ValueError(f"config.json: {key} is {config[key]}, not {value}: no plain ViT")
+    labels = config.get("id2label") or {}
+    names = tuple(labels.get(str(n)) for n in range(len(labels)))
+    if None in names or labels and len(names) != len(tensors.get("head.weight", names)):
+        raise ValueError(f"config.json: id2label does not name the classes 0, 1 ... of the head")
+    claims = [(f"config.json: {key}", size, config.get(key)) for key, size in SIZES.items()]
+    known = {"heads": config.get("num_attention_heads", 12), "names": names, "claims": claims,
+             "eps": config.get("layer_norm_eps", 1e-12)}
+    if (folder / "preprocessor_config.json").exists():
+        image = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        known |= read_processor(image, claims)
+    return ({name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")},
+            known)
+
+
+def read_processor(image: dict, claims: list) -> dict:
+    """Mean and deviation by preprocessor_config.json; adds the sizes that it names to `claims`."""
+    only({key: value for key, value in image.items() if value is not False},
+         ("do_resize", "size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+          "do_normalize", "image_mean", "image_std"),
+         ("resample", "image_processor_type", "feature_extractor_type", "do_convert_rgb",
+          "processor_class", "_valid_processor_keys"), "preprocessor_config.json")
+    for flag, key in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+        size = image.get(key) if image.get(flag, True) else None
+        for value in size.values() if isinstance(size, dict) else [size]:
+            claims.append((f"preprocessor_config.json: {key}", "image_size", value))
+    mean, std = image.get("image_mean") or HALF["mean"], image.get("image_std") or HALF["std"]
+    if image.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    factor = 1.0 if image.get("do_rescale") is False else image.get("rescale_factor") or 1 / 255
+    return normalisation(mean, std, factor)
+
+
+def normalisation(mean: list, std: list, factor: float = 1 / 255) -> dict:
+    """mean and std for pixels in [0, 1], given those for `factor` times pixels in 0 to 255."""
+    if len(mean) != 3 or len(std) != 3 or not 0 < factor <= 1 or not all(
+            math.isfinite(m) and 0 < d < math.inf for m, d in zip(mean, std)):
+        raise ValueError(f"normalisation with mean {mean}, deviation {std}, rescale_factor {factor}")
+    scale = 255 * factor
+    return {"mean": tuple(m / scale for m in mean), "std": tuple(d / scale for d in std)}
 
 
 def read_google(path: Path) -> tuple[dict, dict]:
     """Google's Flax .npz: kernels are [in, out], attention kernels keep the heads apart."""
     with np.load(path, allow_pickle=False) as file:
-        tensors = ours({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
+        tensors = renamed({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
+    check_names(tensors)
     heads = tensors["blocks.0.attn.q_proj.weight"].shape[1]
     for key, tensor in tensors.items():
         if key == "patch_embed.weight":
@@ -336,13 +501,14 @@ def read_google(path: Path) -> tuple[dict, dict]:
         elif key.endswith("_proj.bias"):
             tensor = tensor.flatten()                            # [H, D/H] -> [D]
         tensors[key] = tensor.contiguous()
-    return tensors, {"heads": heads}
+    return tensors, HALF | {"heads": heads}
 
 
 def save_vit(model: ViT, path: str | Path) -> None:
     """Writes `model` by our names, with what timm's files leave out under "vit"."""
-    known = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std")}
-    write(path, {"model": model.state_dict(), "vit": known})
+    known = ("heads", "eps", "mean", "std", "names")
+    write(path, {"model": model.state_dict(),
+                 "vit": {key: getattr(model.config, key) for key in known}})
 
 
 # --- Data: (images, labels), with images uint8 [N, 3, H, W] or the files to read them from
@@ -356,10 +522,16 @@ def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
         read = read_arrays if path.is_file() else read_cifar if cifar else read_folders
         (train, *test), names = read(path)
         if not test:
-            order, place = torch.argsort(train[1], stable=True), torch.arange(len(train[1]))
+            order = torch.argsort(train[1], stable=True)
+            place = torch.cat([torch.arange(n) for n in train[1].bincount()])
             train, *test = take(train, order[place % 5 != 4]), take(train, order[place % 5 == 4])
-        if not len(test[0][1]):
+        there, asked = set(train[1].tolist()), set(test[0][1].tolist())
+        if not asked:
             raise ValueError(f"{len(train[1])} images, and none of them to test")
+        if len(there) < 2:
+            raise ValueError(f"only one class, {names[0]}: a folder of pictures for each is expected")
+        if asked - there:
+            raise ValueError(f"class {names[min(asked - there)]} is only in the test part")
     return train, test[0], names
 
 
@@ -369,27 +541,44 @@ def take(data: tuple, indices: torch.Tensor) -> tuple:
 
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
-    """CIFAR-10 (data_batch_*.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin) binaries: rows
-    of 1 or 2 label bytes (the last one counts) and 3,072 bytes, channel first."""
-    parts, first, classes, data = ("data_batch_*.bin", "test_batch.bin"), 1, 10, []
-    if (folder / "train.bin").exists():
-        parts, first, classes = ("train.bin", "test.bin"), 2, 100
+    """CIFAR-10 (data_batch_1.bin and so on, test_batch.bin) or CIFAR-100 (train.bin, test.bin): rows
+    of 1 or 2 label bytes (the last one counts) and 3,072 bytes, channel first. Names of the classes
+    are in batches.meta.txt or fine_label_names.txt, if it is there."""
+    parts, first, classes = [["train.bin"], ["test.bin"]], 2, 100
+    if not (folder / "train.bin").exists():
+        count = len([*folder.glob("data_batch_*.bin")])
+        parts = [[f"data_batch_{n + 1}.bin" for n in range(count)], ["test_batch.bin"]]
+        first, classes = 1, 10
+    data, meta = [], folder / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")
     for part in parts:
-        rows = b"".join(file.read_bytes() for file in sorted(folder.glob(part)))
+        batches = [read_batch(folder / name, first, classes) for name in part]
+        data.append(tuple(torch.cat(tensors) for tensors in zip(*batches)))
+    names = meta.read_text(encoding="utf-8").split() if meta.exists() else map(str, range(classes))
+    return data, list(names)
+
+
+def read_batch(path: Path, first: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [N, 3, 32, 32] and labels [N] of one CIFAR file, whose rows begin with `first` labels."""
+    with reading(path):
+        rows = path.read_bytes()
         if not rows or len(rows) % (first + 3072):
-            raise ValueError(f"{part}: missing, cut short, or not rows of {first + 3072} bytes")
+            raise ValueError(f"empty, cut short, or not rows of {first + 3072} bytes")
         rows = torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(-1, first + 3072)
-        data.append((rows[:, first:].reshape(-1, 3, 32, 32), rows[:, first - 1].long()))
-        if data[-1][1].max() >= classes:
-            raise ValueError(f"{part}: label {data[-1][1].max()} of {classes} classes")
-    return data, [str(n) for n in range(classes)]
+        labels = rows[:, first - 1].long()
+        if labels.max() >= classes:
+            raise ValueError(f"label {labels.max()} of {classes} classes")
+    return rows[:, first:].reshape(-1, 3, 32, 32), labels
 
 
 def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
     """An .npz of x [N, H, W, 3] uint8 and y [N] whole numbers, x_test and y_test if there."""
-    data = []
+    if path.suffix != ".npz":
+        raise ValueError("a file, but no .npz: give the folder of CIFAR binaries, or of one folder "
+                         "of pictures per class")
+    data, names = [], ("x", "y", "x_test", "y_test")
     with np.load(path, allow_pickle=False) as file:
-        for end in ("", "_test") if "x_test" in file.files else ("",):
+        only(dict.fromkeys(file.files, True), names, what="the .npz")
+        for end in ("", "_test") if {*names[2:]} & {*file.files} else ("",):
             x, y = torch.from_numpy(file[f"x{end}"]), torch.from_numpy(file[f"y{end}"])
             if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[3] != 3 or not x.numel():
                 raise ValueError(f"x{end} is {x.dtype} {list(x.shape)}, not uint8 [N, H, W, 3]")
@@ -400,20 +589,58 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
 
 
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
-    """CLASS/*.jpg, or train/CLASS/*.jpg and test/, val/ or valid/ of the same classes. Hidden and
-    empty folders and files that are no pictures by their ending are passed over."""
-    parts, data, names = [path], [], []
-    if (path / "train").is_dir():
-        tests = [path / name for name in ("test", "val", "valid", "validation")]
-        parts = [path / "train", *[test for test in tests if test.is_dir()][:1]]
+    """CLASS/*.jpg, at any depth as torchvision's ImageFolder reads them, or train/CLASS/*.jpg and
+    one of the folders TEST that has the same classes. Says which, and what is passed over."""
+    top, data = by_folder(path, pictures(path)), []
+    trains = [name for name in top if name.lower() in TRAIN]
+    tests = sorted((name for name in top if name.lower() in TEST), key=lambda n: TEST.index(n.lower()))
+    parts = [top]
+    if trains or tests:
+        foreign = sorted(top.keys() - {*trains, *tests})
+        if len(trains) != 1 or foreign:
+            raise ValueError(f"{', '.join(foreign or trains or tests)}: expected are folders of "
+                             f"classes, or train and one of {', '.join(TEST)}")
+        parts = [by_folder(path / name, top[name]) for name in trains + tests]
+        parts[1:] = [part for part in parts[1:] if part.keys() & parts[0].keys()][:1]    # labelled
+        if tests and len(parts) == 1:
+            raise ValueError(f"{tests[0]}: no folders of the classes that {trains[0]} has")
+    names = sorted(parts[0])
     for part in parts:
-        files = sorted(f for f in part.glob("[!.]*/[!.]*") if f.suffix.lower() in PICTURES)
-        if not files:
-            raise ValueError(f"{part}: no folder of CIFAR binaries, or of one of images per class")
-        names = names or sorted({file.parent.name for file in files})
-        labels = torch.tensor([names.index(file.parent.name) for file in files])
-        data.append((np.array(files), labels))
+        if part.keys() - names:
+            raise ValueError(f"class {min(part.keys() - names)} is only in the test part")
+        files = [file for name in names for file in part.get(name, ())]
+        labels = [names.index(name) for name in names for _ in part.get(name, ())]
+        data.append((np.array(files), torch.tensor(labels)))
+    if not names:
+        raise ValueError("no folder of CIFAR binaries, or of one of images per class")
+    if len(parts) == 2:
+        print(f"{path}: tested on {data[1][0][0].relative_to(path).parts[0]}")
     return data, names
+
+
+def pictures(folder: Path) -> list[Path]:
+    """All pictures by their ending, in torchvision's order. Hidden files and folders are passed
+    over, and so are other endings, which is said."""
+    found, other = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for file in (Path(here, name) for name in sorted(files) if not name.startswith(".")):
+            known = file.suffix.lower() in PICTURES
+            found += [file] * known
+            other |= {file.suffix.lower() or file.name} - PICTURES
+    if found and other:
+        print(f"{folder}: passed over are {', '.join(sorted(other)[:9])}")
+    return found
+
+
+def by_folder(root: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """name -> the files at any depth below this folder in `root`."""
+    result = {}
+    for file in files:
+        folder, *below = file.relative_to(root).parts
+        if below:
+            result.setdefault(folder, []).append(file)
+    return result
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -422,8 +649,11 @@ def read_picture(path: Path) -> np.ndarray:
         from PIL import Image, ImageOps
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                       # 16 bits
-                image = Image.fromarray(np.uint8(np.array(image, np.float64) * (255 / 65535) + 0.5))
+            if image.mode[0] in "IF":                            # 16 bits, or 32-bit float
+                x, top = np.array(image, np.float64), 1 if image.mode == "F" else 65535
+                if not 0 <= x.min() <= x.max() <= top:           # also NaN
+                    raise ValueError(f"values {x.min()} to {x.max()}, expected are 0 to {top}")
+                image = Image.fromarray(np.uint8(x * (255 / top) + 0.5))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -665,7 +895,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder, index = Path(folder), Path(folder, "pytorch_model.bin.index.json")
     names, sets = {path.name for path in folder.iterdir()}, {}
     for name in sorted(names):
-        if match := re.fullmatch(r"pytorch_model-\d+-of-0*(\d+)\.bin", name):
+        if match := re.fullmatch(r"pytorch_model-\d{5}-of-(\d{5})\.bin", name):
             sets.setdefault(int(match[1]), []).append(name)
     if "pytorch_model.bin" in names:
         chosen = ["pytorch_model.bin"]
@@ -677,7 +907,8 @@ def weight_files(folder: str | Path) -> list[Path]:
                 raise ValueError("its weight_map names no files of this folder")
     elif len(sets) == 1:
         (count, there), = sets.items()
-        chosen = [f"pytorch_model-{i:05d}-of-{count:05d}.bin" for i in range(1, count + 1)]
+        chosen = [f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
+                  for i in range(min(count, len(there) + 1))]    # one of these is missing, if any
     elif sets:
         raise ValueError(f"{folder}: weights in {' and in '.join(map(str, sets))} parts, and no "
                          "pytorch_model.bin.index.json says which count")
