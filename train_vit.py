@@ -26,7 +26,7 @@ import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's ViTs
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}     # DeiT, torchvision
 NORMALISE = {"half": HALF, "imagenet": IMAGENET}
 WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wider than 64
-PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+PICTURES = set(".jpg .jpeg .jfif .png .ppm .pgm .bmp .gif .webp .tif .tiff".split())
 TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
 TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
@@ -254,20 +254,24 @@ GOOGLE = {
     "MultiHeadDotProductAttention_1/value": "attn.v_proj", "MlpBlock_3/Dense_0": "fc1",
     "MultiHeadDotProductAttention_1/out": "attn.o_proj", "MlpBlock_3/Dense_1": "fc2",
     "/": "."}
-FOREIGN = {"dist": "of a distilled DeiT", "fc_norm": "of a ViT that averages its tokens (MAE's)",
-           "reg_token": "of a ViT with registers", "register": "of a ViT with registers",
-           ".ls": "of a ViT with layer scale", "model.": "with Lightning's prefix: save it without",
-           "vit.": "Hugging Face's: give its folder, with config.json"}
-FIXED = {"model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
-         "problem_type": "single_label_classification"}          # of Hugging Face's config.json
-SIZES = {"hidden_size": "width", "num_hidden_layers": "depth", "intermediate_size": "mlp",
-         "image_size": "image_size", "patch_size": "patch_size"}
-IGNORED = ("architectures", "transformers_version", "dtype", "torch_dtype", "label2id",
-           "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range",
-           "encoder_stride", "pooler_act", "pooler_output_size", "return_dict", "_name_or_path",
-           "finetuning_task")
-READ = ("read are Google's .npz; a .pth of timm, DeiT, DINO's backbone, torchvision or save_vit, at "
-        "its top or under model or state_dict; and a folder of Hugging Face or timm")
+CONFIG = {                  # Hugging Face's config.json: the one value that is read, None for any
+    "model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
+    "problem_type": "single_label_classification", "num_attention_heads": None, "id2label": None,
+    "layer_norm_eps": None, "hidden_size": None, "num_hidden_layers": None, "image_size": None,
+    "intermediate_size": None, "patch_size": None}
+PROCESSOR = {               # and its preprocessor_config.json; sizes are compared with the model's
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": None, "image_mean": None,
+    "image_std": None, "do_resize": None, "size": None, "do_center_crop": None, "crop_size": None}
+TIMM_CONFIG = {"architecture": None, "global_pool": "token", "num_classes": None,
+               "pretrained_cfg": None, "label_names": None}
+IGNORED = (                 # what training or other programs need in these
+    "architectures", "transformers_version", "dtype", "torch_dtype", "label2id", "_name_or_path",
+    "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range", "encoder_stride",
+    "pooler_act", "pooler_output_size", "return_dict", "resample", "image_processor_type",
+    "feature_extractor_type", "processor_class", "do_convert_rgb", "_valid_processor_keys",
+    "num_features", "label_descriptions")
+READ = ("; read are Google's .npz, a .pth of timm, DeiT, DINO's backbone, torchvision or save_vit "
+        "(at its top or under model or state_dict), a folder of Hugging Face or timm")
 
 
 def load_vit(path: str | Path, num_classes: int | None = None, image_size: int | None = None,
@@ -284,44 +288,42 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
         if normalise not in (None, *NORMALISE):
             raise ValueError(f"--normalise {normalise}: must be one of {', '.join(NORMALISE)}")
         read = read_folder if path.is_dir() else read_google if path.suffix == ".npz" else read_pth
-        t, known = read(path)
-        check_names(t)
-        structlora.check_finite(t)
-        (width, _, patch, _), grid = t["patch_embed.weight"].shape, t["pos_embed"].shape[1] - 1
+        t, known = read(path)                        # tensors, and what the file says of ViTConfig
+        check_tensors(t)
+        (width, _, patch, _), tokens = t["patch_embed.weight"].shape, t["pos_embed"].shape[1]
+        depth, size = sum("norm1.weight" in name for name in t), math.isqrt(tokens - 1) * patch
         heads = known.pop("heads", None) or (16 if width in WIDE else width // 64) or 1
-        sizes = {"image_size": math.isqrt(grid) * patch, "patch_size": patch, "width": width,
-                 "depth": sum(name.endswith("norm1.weight") for name in t),
-                 "heads": num_heads or heads, "mlp": len(t["blocks.0.fc1.weight"])}
-        for what, size, value in known.pop("claims", ()):
-            if value not in (None, sizes[size]) and (size, value) != ("image_size", image_size):
-                raise ValueError(f"{what} is {value}, but {sizes[size]} by the tensors")
-        if image_size not in (None, sizes["image_size"]):
-            t["pos_embed"] = resized(t["pos_embed"], image_size, patch)
-            sizes["image_size"] = image_size
-        guess, said = known.pop("guess", HALF), normalise or "mean" in known
-        known = guess | known | NORMALISE.get(normalise, {})
+        if wrong := set(known.pop("sizes", ())) - {None, size, image_size}:
+            raise ValueError(f"pictures of size {min(wrong)} for a model of {size} x {size}")
+        if image_size not in (None, size):
+            t["pos_embed"], size = resized(t["pos_embed"], image_size, patch), image_size
+        guess = known.pop("guess", {})               # where it says nothing of normalisation
+        known |= NORMALISE.get(normalise, guess)
         known["names"] = fit_head(t, known.get("names", ()), names, num_classes, path)
         with torch.device("meta"):
-            model = ViT(ViTConfig(classes=len(t["head.weight"]), **sizes, **known))
+            model = ViT(ViTConfig(size, patch, width, depth, num_heads or heads,
+                                  len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
         model.load_state_dict(t, assign=True)
-    print("{}: {depth} blocks, {heads} heads, {image_size} x {image_size}, normalised with mean "
-          "{mean} and deviation {std}{}".format(
-              path, "" if said else " (the file does not say: --normalise)", **vars(model.config)))
+    c = model.config
+    if not len(c.mean) == len(c.std) == 3 or not min(c.std) > 0:
+        raise ValueError(f"{path}: mean {c.mean} and deviation {c.std} are not of three colours")
+    print(f"{path}: {depth} blocks, {c.heads} heads, {size} x {size}, normalised with mean "
+          f"{c.mean} and deviation {c.std}{' (a guess: --normalise)' if guess and not normalise else ''}")
     return model
 
 
-def check_names(t: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError for a tensor that has no place in a ViT, or if the first ones are lacking.
-    pre_logits may go with the head."""
+def check_tensors(t: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for a tensor that has no place in a ViT (pre_logits may go with the head),
+    if one of the first block or around the blocks is lacking, and for NaN."""
     with torch.device("meta"):
         mine = ViT(ViTConfig(1, 1, 1, 1, 1, 1, 1)).state_dict()
-    for name in t:
+    for name in t:       # a distilled token, registers, layer scale, a mean over tokens, a prefix
         if re.sub(r"(?<=^blocks\.)\d+", "0", name) not in mine and "pre_logits" not in name:
-            kind = next((kind for part, kind in FOREIGN.items() if part in name), "")
-            raise ValueError(f"{name} {kind or 'is'}: no part of a plain ViT with a class token; {READ}")
+            raise ValueError(f"{name} is no part of a plain ViT with a class token{READ}")
     for name in mine:
         if "head" not in name and name not in t:
-            raise ValueError(f"{name} is missing; {READ}")
+            raise ValueError(f"{name} is missing{READ}")
+    structlora.check_finite(t)
 
 
 def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, count: int | None,
@@ -335,36 +337,34 @@ def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, co
         had = ()
     if names is None and count in (None, rows):
         return had
-    count, order = len(names) if names else count, [*range(rows)]
-    if names and len(set(had)) == rows and set(names) <= set(had):
-        order = [had.index(name) for name in names]
-        print(f"{path}: the rows of its head by the names of the classes")
-    elif names and rows == count and (not had or set(names) == set(numbers)):
-        if set(names) == set(numbers):               # folders 0, 1, 10, 2 ...
-            order = [int(name) for name in names]
-        print(f"{path}: the head is kept as it is, since "
-              f"{'the data only number their' if had else 'the file does not name its'} classes")
+    named, numbered = set(names or ()) <= set(had), set(names or ()) == set(numbers)
+    if names and named and len(set(had)) == rows:
+        order, how = [had.index(name) for name in names], "its head by the names of the classes"
+    elif names and len(names) == rows and (numbered or not had):     # folders 0, 1, 10, 2 ...
+        order = [int(name) for name in names] if numbered else [*range(rows)]
+        who = "the data only number their" if had else "the file does not name its"
+        how = f"its head is kept as it is, since {who} classes"
     else:
+        order, count = [], len(names) if names else count
+        how = f"a new head for {count} classes" + f", not for {', '.join(had[:5])}" * bool(had)
         for key in [key for key in t if key.startswith("pre_logits")]:
             del t[key]
-        t["head.weight"] = torch.zeros(count, len(t["norm.bias"]))
-        t["head.bias"] = torch.zeros(count)
-        print(f"{path}: a new head for {count} classes" + f", not {', '.join(had[:5])}" * bool(had))
-        return tuple(names or ())
-    for key in {"head.weight", "head.bias"} & t.keys():
-        t[key] = t[key][order]
-    return tuple(names)
+    for key, shape in (("head.weight", (count, len(t["norm.bias"]))), ("head.bias", (count,))):
+        t[key] = t[key][order] if order else torch.zeros(shape)
+    print(f"{path}: {how}")
+    return tuple(names or ())
 
 
 def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
-    """Position embeddings [1, 1 + grid^2, D], the class token's first, for images of size x size."""
-    token, old = positions[:, :1], positions[:, 1:].mT
+    """Position embeddings [1, 1 + grid^2, D], the class token's first, for a larger or smaller
+    image of size x size."""
     grid, rest = divmod(size, patch)
     if rest:
         raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
-    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))                       # [1, D, grid, grid]
+    old = positions[:, 1:].mT                                            # [1, D, old grid^2]
+    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))
     new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([token, new.flatten(2).mT], 1)
+    return torch.cat([positions[:, :1], new.flatten(2).mT], 1)
 
 
 def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -383,113 +383,75 @@ def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str
 
 
 def read_pth(path: Path) -> tuple[dict, dict]:
-    """Tensors by the names of timm (also DeiT, DINO) or of torchvision, or what save_vit wrote. Its
-    pictures' normalisation is ImageNet's for torchvision's, under "model" as in DeiT's own files,
-    and without a head (DINO's), else 0.5: no other file names it."""
+    """Tensors by the names of timm (DeiT's and DINO's too) or torchvision, or what save_vit wrote.
+    Only that says how pictures are normalised. Guessed: as ImageNet under "model", like DeiT's own
+    files, and without a head, like DINO's; by half otherwise, like most of timm's."""
     try:
         file = load_torch(path)
     except pickle.UnpicklingError as error:
         if "argparse.Namespace" not in str(error):
             raise
-        raise ValueError(
-            "holds its training's options (an argparse.Namespace) beside the tensors, and was not "
-            "read. If you trust it, save those anew: torch.save({'model': torch.load('"
-            f"{path.name}', weights_only=False)['model']}}, 'tensors.pth')") from None
+        raise ValueError("holds the options of its training (a Namespace) too. If you trust it, "
+                         f"save its tensors anew: torch.save({{'model': torch.load('{path.name}', "
+                         "weights_only=False)['model']}, 'tensors.pth')") from None
     file = file if isinstance(file, dict) else {}
     tensors = file.get("model", file.get("state_dict", file))
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"holds {', '.join(map(str, file))[:99] or 'nothing'}; {READ}")
+    if not tensors or not isinstance(tensors, dict) or not all(
+            map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"holds {', '.join(map(str, file))[:99]}{READ}")
     if "vit" in file:
         return renamed(tensors, {}), file["vit"]
-    if any("conv_proj." in name for name in tensors):
-        return renamed(tensors, TORCHVISION), IMAGENET
-    tensors, known = renamed(tensors, TIMM), {}
-    if "model" in file or "head.weight" not in tensors:
-        known = {"guess": IMAGENET}
-    return tensors, known
+    if "conv_proj.weight" in tensors:
+        return renamed(tensors, TORCHVISION), {**IMAGENET}
+    tensors = renamed(tensors, TIMM)
+    return tensors, {"guess": IMAGENET if "model" in file or "head.weight" not in tensors else HALF}
 
 
 def read_folder(folder: Path) -> tuple[dict, dict]:
-    """A folder of config.json and pytorch_model.bin: of ViTForImageClassification or ViTModel, with
-    preprocessor_config.json, or of timm's hub."""
-    files = weight_files(folder)                                 # names an adapter, first
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tensors = {}
+    """config.json and pytorch_model.bin: timm's hub, or ViTForImageClassification or ViTModel of
+    Hugging Face, whose preprocessor_config.json says how pictures are normalised."""
+    files, tensors, image = weight_files(folder), {}, {}
+    config = read_json(folder / "config.json")
     for file in files:
         with reading(file):
             tensors |= load_torch(file)
     if "architecture" in config:
-        return read_timm(config, renamed(tensors, TIMM))
-    return read_huggingface(folder, config, renamed(tensors, HUGGINGFACE))
-
-
-def read_timm(config: dict, tensors: dict) -> tuple[dict, dict]:
-    """timm's config.json: a plain ViT, how it is normalised, perhaps the names of its classes."""
-    only(config, ("architecture", "num_classes", "global_pool", "pretrained_cfg", "label_names"),
-         ("num_features", "label_descriptions", "tags", "license"), "config.json")
-    if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(_in21k)?(\..*)?", config["architecture"]):
-        raise ValueError(f"config.json: architecture {config['architecture']} is no plain ViT")
-    if config.get("global_pool", "token") != "token":
-        raise ValueError(f"config.json: global_pool {config['global_pool']} instead of token")
-    image = config.get("pretrained_cfg", {})
-    return tensors, normalisation(image.get("mean") or HALF["mean"], image.get("std") or HALF["std"]) | {
-        "names": tuple(config.get("label_names") or ()),
-        "claims": [("config.json: input_size", "image_size", image.get("input_size", [None])[-1])]}
-
-
-def read_huggingface(folder: Path, config: dict, tensors: dict) -> tuple[dict, dict]:
-    """Hugging Face's config.json and preprocessor_config.json."""
-    only({key: value for key, value in config.items() if value is not False},
-         (*FIXED, *SIZES, "num_attention_heads", "layer_norm_eps", "id2label"), IGNORED, "config.json")
-    for key, value in FIXED.items():
-        if config.get(key, value) not in (value, None):
-            raise ValueError(f"config.json: {key} is {config[key]}, not {value}: no plain ViT")
-    labels = config.get("id2label") or {}
-    names = tuple(labels.get(str(n)) for n in range(len(labels)))
-    if None in names or labels and len(names) != len(tensors.get("head.weight", names)):
-        raise ValueError(f"config.json: id2label does not name the classes 0, 1 ... of the head")
-    claims = [(f"config.json: {key}", size, config.get(key)) for key, size in SIZES.items()]
-    known = {"heads": config.get("num_attention_heads", 12), "names": names, "claims": claims,
-             "eps": config.get("layer_norm_eps", 1e-12)}
-    if (folder / "preprocessor_config.json").exists():
-        image = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-        known |= read_processor(image, claims)
-    return ({name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")},
-            known)
-
-
-def read_processor(image: dict, claims: list) -> dict:
-    """Mean and deviation by preprocessor_config.json; adds the sizes that it names to `claims`."""
-    only({key: value for key, value in image.items() if value is not False},
-         ("do_resize", "size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
-          "do_normalize", "image_mean", "image_std"),
-         ("resample", "image_processor_type", "feature_extractor_type", "do_convert_rgb",
-          "processor_class", "_valid_processor_keys"), "preprocessor_config.json")
-    for flag, key in (("do_resize", "size"), ("do_center_crop", "crop_size")):
-        size = image.get(key) if image.get(flag, True) else None
-        for value in size.values() if isinstance(size, dict) else [size]:
-            claims.append((f"preprocessor_config.json: {key}", "image_size", value))
-    mean, std = image.get("image_mean") or HALF["mean"], image.get("image_std") or HALF["std"]
+        only(config, TIMM_CONFIG, IGNORED, "config.json")
+        if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(\..*)?", config["architecture"]):
+            raise ValueError(f"config.json: {config['architecture']} is no plain ViT")
+        image = config.get("pretrained_cfg") or {}
+        tensors, names = renamed(tensors, TIMM), config.get("label_names") or ()
+        known = {"sizes": [image.get("input_size", (None,))[-1]]}
+        image = {"image_mean": image.get("mean"), "image_std": image.get("std")}
+    else:
+        only(config, CONFIG, IGNORED, "config.json")
+        if (folder / "preprocessor_config.json").exists():
+            image = read_json(folder / "preprocessor_config.json")
+            only(image, PROCESSOR, IGNORED, "preprocessor_config.json")
+        sizes = [image.get(key) for key in ("size", "crop_size")] + [config.get("image_size")]
+        known = {"heads": config.get("num_attention_heads", 12),
+                 "eps": config.get("layer_norm_eps", 1e-12),
+                 "sizes": [n for s in sizes for n in (s.values() if isinstance(s, dict) else [s])]}
+        tensors = renamed(tensors, HUGGINGFACE)
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("pooler.")}
+        labels = config.get("id2label") or {}
+        names = [labels[str(n)] for n in range(len(labels))]
+    if names and len(names) != len(tensors.get("head.weight", names)):
+        raise ValueError(f"config.json names {len(names)} classes, not those of the head")
+    if image.get("image_mean") and image.get("image_std"):
+        known |= {"mean": tuple(image["image_mean"]), "std": tuple(image["image_std"])}
+    elif image.get("do_normalize") is not False:
+        known["guess"] = HALF
     if image.get("do_normalize") is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    factor = 1.0 if image.get("do_rescale") is False else image.get("rescale_factor") or 1 / 255
-    return normalisation(mean, std, factor)
-
-
-def normalisation(mean: list, std: list, factor: float = 1 / 255) -> dict:
-    """mean and std for pixels in [0, 1], given those for `factor` times pixels in 0 to 255."""
-    if len(mean) != 3 or len(std) != 3 or not 0 < factor <= 1 or not all(
-            math.isfinite(m) and 0 < d < math.inf for m, d in zip(mean, std)):
-        raise ValueError(f"normalisation with mean {mean}, deviation {std}, rescale_factor {factor}")
-    scale = 255 * factor
-    return {"mean": tuple(m / scale for m in mean), "std": tuple(d / scale for d in std)}
+        known |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    return tensors, known | {"names": tuple(names)}
 
 
 def read_google(path: Path) -> tuple[dict, dict]:
     """Google's Flax .npz: kernels are [in, out], attention kernels keep the heads apart."""
     with np.load(path, allow_pickle=False) as file:
         tensors = renamed({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
-    check_names(tensors)
+    check_tensors(tensors)
     heads = tensors["blocks.0.attn.q_proj.weight"].shape[1]
     for key, tensor in tensors.items():
         if key == "patch_embed.weight":
@@ -501,14 +463,13 @@ def read_google(path: Path) -> tuple[dict, dict]:
         elif key.endswith("_proj.bias"):
             tensor = tensor.flatten()                            # [H, D/H] -> [D]
         tensors[key] = tensor.contiguous()
-    return tensors, HALF | {"heads": heads}
+    return tensors, {"heads": heads}                             # pictures by half
 
 
 def save_vit(model: ViT, path: str | Path) -> None:
     """Writes `model` by our names, with what timm's files leave out under "vit"."""
-    known = ("heads", "eps", "mean", "std", "names")
-    write(path, {"model": model.state_dict(),
-                 "vit": {key: getattr(model.config, key) for key in known}})
+    known = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std", "names")}
+    write(path, {"model": model.state_dict(), "vit": known})
 
 
 # --- Data: (images, labels), with images uint8 [N, 3, H, W] or the files to read them from
@@ -526,10 +487,10 @@ def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
             place = torch.cat([torch.arange(n) for n in train[1].bincount()])
             train, *test = take(train, order[place % 5 != 4]), take(train, order[place % 5 == 4])
         there, asked = set(train[1].tolist()), set(test[0][1].tolist())
+        if len(there) < 2:
+            raise ValueError(f"only one class, {names[0]}: expected is a folder for each")
         if not asked:
             raise ValueError(f"{len(train[1])} images, and none of them to test")
-        if len(there) < 2:
-            raise ValueError(f"only one class, {names[0]}: a folder of pictures for each is expected")
         if asked - there:
             raise ValueError(f"class {names[min(asked - there)]} is only in the test part")
     return train, test[0], names
@@ -541,9 +502,8 @@ def take(data: tuple, indices: torch.Tensor) -> tuple:
 
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
-    """CIFAR-10 (data_batch_1.bin and so on, test_batch.bin) or CIFAR-100 (train.bin, test.bin): rows
-    of 1 or 2 label bytes (the last one counts) and 3,072 bytes, channel first. Names of the classes
-    are in batches.meta.txt or fine_label_names.txt, if it is there."""
+    """CIFAR-10 (data_batch_1.bin ..., test_batch.bin) or CIFAR-100 (train.bin, test.bin), with the
+    classes' names if batches.meta.txt or fine_label_names.txt is there."""
     parts, first, classes = [["train.bin"], ["test.bin"]], 2, 100
     if not (folder / "train.bin").exists():
         count = len([*folder.glob("data_batch_*.bin")])
@@ -558,7 +518,7 @@ def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
 
 
 def read_batch(path: Path, first: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, 3, 32, 32] and labels [N] of one CIFAR file, whose rows begin with `first` labels."""
+    """One CIFAR file: rows of `first` label bytes (the last one counts) and 3,072, channel first."""
     with reading(path):
         rows = path.read_bytes()
         if not rows or len(rows) % (first + 3072):
@@ -593,7 +553,7 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     one of the folders TEST that has the same classes. Says which, and what is passed over."""
     top, data = by_folder(path, pictures(path)), []
     trains = [name for name in top if name.lower() in TRAIN]
-    tests = sorted((name for name in top if name.lower() in TEST), key=lambda n: TEST.index(n.lower()))
+    tests = [name for test in TEST for name in top if name.lower() == test]
     parts = [top]
     if trains or tests:
         foreign = sorted(top.keys() - {*trains, *tests})
@@ -877,51 +837,49 @@ def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
     return str(path)
 
 
-def only(record: dict, known: tuple, ignored: tuple = (), what: str = "") -> None:
-    """Raises ValueError that names the keys of `record` that nobody here knows what to do with:
-    neither in `known` nor in `ignored`, and not empty (None, "", [], {}, NaN)."""
-    foreign = [key for key, value in record.items() if key not in (*known, *ignored)
-               and value is not None and value not in ("", [], {}) and value == value]
-    if foreign:
-        raise ValueError(f"{what or 'it'} has {', '.join(map(str, foreign))}, which nothing here "
-                         f"would use; known are {', '.join(known)}")
+def only(record: dict, known: tuple | dict, ignored: tuple = (), what: str = "") -> None:
+    """Raises ValueError that names what in `record` is neither `known` nor `ignored`, unless it is
+    empty (None, False, "", [], {}, NaN), or is not the value that a dict of the known gives."""
+    for key, value in record.items():
+        empty = value is None or value is False or value in ("", [], {}) or value != value
+        wanted = known.get(key) if isinstance(known, dict) else None
+        if key not in known and key not in ignored and not empty:
+            raise ValueError(f"{what} {key}: not known here; known are {', '.join(known)}".lstrip())
+        if wanted is not None and value not in (None, wanted):
+            raise ValueError(f"{what} {key} is {value!r}; only {wanted!r} is read".lstrip())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a .json file, which is named if it is none."""
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def weight_files(folder: str | Path) -> list[Path]:
     """The files that hold the weights of a Hugging Face folder, chosen as transformers does:
-    pytorch_model.bin, else those of pytorch_model.bin.index.json, else the one complete set
-    pytorch_model-0000i-of-0000n.bin. Whatever else lies there is not read. Raises ValueError that
-    names what is missing; says if there are safetensors, which transformers would prefer."""
-    folder, index = Path(folder), Path(folder, "pytorch_model.bin.index.json")
-    names, sets = {path.name for path in folder.iterdir()}, {}
-    for name in sorted(names):
-        if match := re.fullmatch(r"pytorch_model-\d{5}-of-(\d{5})\.bin", name):
-            sets.setdefault(int(match[1]), []).append(name)
-    if "pytorch_model.bin" in names:
-        chosen = ["pytorch_model.bin"]
-    elif index.exists():
-        with reading(index):
-            placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            chosen = sorted(set(placed.values()))
-            if not chosen or any(Path(name).name != name for name in chosen):
-                raise ValueError("its weight_map names no files of this folder")
-    elif len(sets) == 1:
-        (count, there), = sets.items()
-        chosen = [f"pytorch_model-{i + 1:05d}-of-{count:05d}.bin"
-                  for i in range(min(count, len(there) + 1))]    # one of these is missing, if any
-    elif sets:
-        raise ValueError(f"{folder}: weights in {' and in '.join(map(str, sets))} parts, and no "
-                         "pytorch_model.bin.index.json says which count")
-    elif "adapter_config.json" in names:
+    pytorch_model.bin, else those of pytorch_model.bin.index.json, else the one complete set of
+    pytorch_model-0000i-of-0000n.bin. Nothing else is read: of safetensors beside them, which
+    transformers would prefer, that is said. Raises ValueError that names what is missing."""
+    folder, chosen = Path(folder), ["pytorch_model.bin"]
+    names, index = {path.name for path in folder.iterdir()}, "pytorch_model.bin.index.json"
+    parts = sorted(n for n in names if re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", n))
+    if chosen[0] not in names and index in names:
+        chosen = sorted(set(read_json(folder / index)["weight_map"].values()))
+    elif chosen[0] not in names and parts:
+        count = int(parts[0][-9:-4])
+        chosen = [f"pytorch_model-{i:05d}-of-{count:05d}.bin" for i in range(1, count + 1)]
+        if more := [name for name in parts if not name.endswith(chosen[0][-9:])]:
+            raise ValueError(f"{folder}: {parts[0]} and {more[0]}, and no {index}: which?")
+    elif chosen[0] not in names and "adapter_config.json" in names:
         raise ValueError(f"{folder}: an adapter of PEFT, no model: merge it into its model first")
-    else:
-        return [folder / "pytorch_model.bin"]                    # load_torch says what to do
+    elif chosen[0] not in names:
+        load_torch(folder / chosen[0])                           # says what to do about safetensors
     for name in chosen:
         if name not in names:
             raise ValueError(f"{folder / name}: missing")
     if any(name.endswith(".safetensors") for name in names):
-        print(f"{folder}: reading {chosen[0]}{' ...' * (len(chosen) > 1)}; the safetensors beside "
-              "are not read")
+        print(f"{folder}: {chosen[0]} is read{', and so on' * (len(chosen) > 1)}; the safetensors "
+              "beside it are not")
     return [folder / name for name in chosen]
 
 
