@@ -4,16 +4,18 @@
     python train_vit.py --checkpoint ViT-B_16.npz --data cifar-100-binary --rank 4      one GPU
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
---checkpoint reads Google's .npz, timm's and DeiT's .pth, a Hugging Face folder (config.json and
-pytorch_model.bin), and what --merge writes. --data reads a CIFAR-10 or CIFAR-100 binary folder,
-an .npz of x [N, H, W, 3] uint8 and y [N] (x_test and y_test if there are any), or a folder of one
-folder of images per class (train/ and test/, val/ or valid/ above them if there is a split).
+--checkpoint: Google's .npz; a .pth of timm, DeiT, DINO or torchvision; a folder of Hugging Face or
+timm (config.json, pytorch_model.bin); what --merge writes. --data: a CIFAR-10 or CIFAR-100 binary
+folder; an .npz of x [N, H, W, 3] uint8 and y [N], perhaps x_test and y_test; or a folder of one
+folder of pictures per class, perhaps under train/ and test/ (or val/ ...).
 
-Order of this file: model, checkpoints, data, demo, training, main.
+Order of this file: model, loop and main, checkpoints, data, demo, what the three scripts share.
 """
 
 import argparse
+import copy
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -194,16 +196,11 @@ def main() -> None:
                    normalise=(str, "pictures by half or imagenet (as the checkpoint says)"))
     args.classes = None                                          # their names, also in adapter.pt
     path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
-
-    def load() -> ViT:
-        model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
-        return model.to(args.device, getattr(torch, args.dtype))
-
     if path:
         train, test, args.classes = read_images(args.data)
         print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"
               f"{', ...' * (len(args.classes) > 5)}")
-        model = load()
+        model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
         model, shots = small_vit(), shots or (None if args.fraction else 50)
@@ -215,17 +212,15 @@ def main() -> None:
         size = model.config.image_size
         train, test = ((torch.stack([square(file, size) for file in files]), labels)
                        for files, labels in (train, test))
-    if not path:
-        path = pretrained(args)
-        model = load()
+    model = model if path else load_vit(pretrained(args))
+    model.to(args.device, getattr(torch, args.dtype))
     name = adapters_beside(model, args)
     if args.eval_only and not model.head.weight.any():
         raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
     table = [summary(name, evaluate(model, test, args))]
     for name, out, config, lr in runs:
-        if args.merge and not args.checkpoint:
-            model = load()                                       # the last trial's is merged
-        table.append(fine_tune(args, config, lr, model, train, test, name, out))
+        own = copy.deepcopy(model) if args.merge and not path else model         # will be merged
+        table.append(fine_tune(args, config, lr, own, train, test, name, out))
     print_table(table)
 
 
@@ -254,22 +249,16 @@ GOOGLE = {
     "MultiHeadDotProductAttention_1/value": "attn.v_proj", "MlpBlock_3/Dense_0": "fc1",
     "MultiHeadDotProductAttention_1/out": "attn.o_proj", "MlpBlock_3/Dense_1": "fc2",
     "/": "."}
-CONFIG = {                  # Hugging Face's config.json: the one value that is read, None for any
-    "model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
-    "problem_type": "single_label_classification", "num_attention_heads": None, "id2label": None,
-    "layer_norm_eps": None, "hidden_size": None, "num_hidden_layers": None, "image_size": None,
-    "intermediate_size": None, "patch_size": None}
-PROCESSOR = {               # and its preprocessor_config.json; sizes are compared with the model's
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": None, "image_mean": None,
-    "image_std": None, "do_resize": None, "size": None, "do_center_crop": None, "crop_size": None}
-TIMM_CONFIG = {"architecture": None, "global_pool": "token", "num_classes": None,
-               "pretrained_cfg": None, "label_names": None}
-IGNORED = (                 # what training or other programs need in these
-    "architectures", "transformers_version", "dtype", "torch_dtype", "label2id", "_name_or_path",
-    "attention_probs_dropout_prob", "hidden_dropout_prob", "initializer_range", "encoder_stride",
-    "pooler_act", "pooler_output_size", "return_dict", "resample", "image_processor_type",
-    "feature_extractor_type", "processor_class", "do_convert_rgb", "_valid_processor_keys",
-    "num_features", "label_descriptions")
+SETTINGS = {"model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
+            "problem_type": "single_label_classification", "global_pool": "token"} | dict.fromkeys(
+    """num_attention_heads layer_norm_eps id2label hidden_size num_hidden_layers intermediate_size
+    image_size patch_size architecture pretrained_cfg num_classes label_names""".split())
+PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255} | dict.fromkeys("""do_normalize
+    image_mean image_std do_resize size do_center_crop crop_size""".split())
+IGNORED = tuple("""architectures transformers_version dtype torch_dtype label2id _name_or_path
+    attention_probs_dropout_prob hidden_dropout_prob initializer_range encoder_stride pooler_act
+    pooler_output_size return_dict resample image_processor_type feature_extractor_type
+    processor_class do_convert_rgb _valid_processor_keys num_features label_descriptions""".split())
 READ = ("; read are Google's .npz, a .pth of timm, DeiT, DINO's backbone, torchvision or save_vit "
         "(at its top or under model or state_dict), a folder of Hugging Face or timm")
 
@@ -297,18 +286,18 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
             raise ValueError(f"pictures of size {min(wrong)} for a model of {size} x {size}")
         if image_size not in (None, size):
             t["pos_embed"], size = resized(t["pos_embed"], image_size, patch), image_size
-        guess = known.pop("guess", {})               # where it says nothing of normalisation
-        known |= NORMALISE.get(normalise, guess)
+        guess = {} if normalise else known.get("guess", {})
+        known |= NORMALISE.get(normalise, known.pop("guess", {}))
         known["names"] = fit_head(t, known.get("names", ()), names, num_classes, path)
         with torch.device("meta"):
             model = ViT(ViTConfig(size, patch, width, depth, num_heads or heads,
                                   len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
         model.load_state_dict(t, assign=True)
-    c = model.config
-    if not len(c.mean) == len(c.std) == 3 or not min(c.std) > 0:
-        raise ValueError(f"{path}: mean {c.mean} and deviation {c.std} are not of three colours")
+        c = model.config
+        if not len(c.mean) == len(c.std) == 3 or not min(c.std) > 0:
+            raise ValueError(f"mean {c.mean} and deviation {c.std} are not of three colours")
     print(f"{path}: {depth} blocks, {c.heads} heads, {size} x {size}, normalised with mean "
-          f"{c.mean} and deviation {c.std}{' (a guess: --normalise)' if guess and not normalise else ''}")
+          f"{c.mean} and deviation {c.std}{' (a guess: --normalise)' * bool(guess)}")
     return model
 
 
@@ -410,41 +399,38 @@ def read_pth(path: Path) -> tuple[dict, dict]:
 def read_folder(folder: Path) -> tuple[dict, dict]:
     """config.json and pytorch_model.bin: timm's hub, or ViTForImageClassification or ViTModel of
     Hugging Face, whose preprocessor_config.json says how pictures are normalised."""
-    files, tensors, image = weight_files(folder), {}, {}
-    config = read_json(folder / "config.json")
-    for file in files:
+    tensors, image, processor = {}, {}, folder / "preprocessor_config.json"
+    for file in weight_files(folder):
         with reading(file):
             tensors |= load_torch(file)
-    if "architecture" in config:
-        only(config, TIMM_CONFIG, IGNORED, "config.json")
+    config = read_json(folder / "config.json")
+    only(config, SETTINGS, IGNORED, "config.json")
+    if "architecture" in config:                                 # timm's
         if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(\..*)?", config["architecture"]):
             raise ValueError(f"config.json: {config['architecture']} is no plain ViT")
-        image = config.get("pretrained_cfg") or {}
-        tensors, names = renamed(tensors, TIMM), config.get("label_names") or ()
-        known = {"sizes": [image.get("input_size", (None,))[-1]]}
-        image = {"image_mean": image.get("mean"), "image_std": image.get("std")}
+        timm, names = config.get("pretrained_cfg") or {}, config.get("label_names") or ()
+        image = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
+        known, sizes = {}, timm.get("input_size", ())[-1:]
+        tensors = renamed(tensors, TIMM)
     else:
-        only(config, CONFIG, IGNORED, "config.json")
-        if (folder / "preprocessor_config.json").exists():
-            image = read_json(folder / "preprocessor_config.json")
-            only(image, PROCESSOR, IGNORED, "preprocessor_config.json")
-        sizes = [image.get(key) for key in ("size", "crop_size")] + [config.get("image_size")]
+        if processor.exists():
+            image = read_json(processor)
+            only(image, PROCESSOR, IGNORED, processor.name)
         known = {"heads": config.get("num_attention_heads", 12),
-                 "eps": config.get("layer_norm_eps", 1e-12),
-                 "sizes": [n for s in sizes for n in (s.values() if isinstance(s, dict) else [s])]}
-        tensors = renamed(tensors, HUGGINGFACE)
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("pooler.")}
-        labels = config.get("id2label") or {}
+                 "eps": config.get("layer_norm_eps", 1e-12)}
+        sizes, labels = [config.get("image_size")], config.get("id2label") or {}
+        for size in image.get("size"), image.get("crop_size"):
+            sizes += size.values() if isinstance(size, dict) else [size]
         names = [labels[str(n)] for n in range(len(labels))]
+        tensors = {name: tensor for name, tensor in renamed(tensors, HUGGINGFACE).items()
+                   if not name.startswith("pooler.")}
     if names and len(names) != len(tensors.get("head.weight", names)):
         raise ValueError(f"config.json names {len(names)} classes, not those of the head")
-    if image.get("image_mean") and image.get("image_std"):
-        known |= {"mean": tuple(image["image_mean"]), "std": tuple(image["image_std"])}
-    elif image.get("do_normalize") is not False:
-        known["guess"] = HALF
+    mean, std = image.get("image_mean"), image.get("image_std")
+    known |= {"mean": tuple(mean), "std": tuple(std)} if mean and std else {"guess": HALF}
     if image.get("do_normalize") is False:
-        known |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-    return tensors, known | {"names": tuple(names)}
+        known |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "guess": {}}
+    return tensors, known | {"names": tuple(names), "sizes": sizes}
 
 
 def read_google(path: Path) -> tuple[dict, dict]:
@@ -550,57 +536,35 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
 
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     """CLASS/*.jpg, at any depth as torchvision's ImageFolder reads them, or train/CLASS/*.jpg and
-    one of the folders TEST that has the same classes. Says which, and what is passed over."""
-    top, data = by_folder(path, pictures(path)), []
-    trains = [name for name in top if name.lower() in TRAIN]
-    tests = [name for test in TEST for name in top if name.lower() == test]
-    parts = [top]
-    if trains or tests:
-        foreign = sorted(top.keys() - {*trains, *tests})
-        if len(trains) != 1 or foreign:
-            raise ValueError(f"{', '.join(foreign or trains or tests)}: expected are folders of "
-                             f"classes, or train and one of {', '.join(TEST)}")
-        parts = [by_folder(path / name, top[name]) for name in trains + tests]
-        parts[1:] = [part for part in parts[1:] if part.keys() & parts[0].keys()][:1]    # labelled
-        if tests and len(parts) == 1:
-            raise ValueError(f"{tests[0]}: no folders of the classes that {trains[0]} has")
-    names = sorted(parts[0])
-    for part in parts:
-        if part.keys() - names:
-            raise ValueError(f"class {min(part.keys() - names)} is only in the test part")
-        files = [file for name in names for file in part.get(name, ())]
-        labels = [names.index(name) for name in names for _ in part.get(name, ())]
-        data.append((np.array(files), torch.tensor(labels)))
-    if not names:
-        raise ValueError("no folder of CIFAR binaries, or of one of images per class")
-    if len(parts) == 2:
-        print(f"{path}: tested on {data[1][0][0].relative_to(path).parts[0]}")
-    return data, names
-
-
-def pictures(folder: Path) -> list[Path]:
-    """All pictures by their ending, in torchvision's order. Hidden files and folders are passed
-    over, and so are other endings, which is said."""
-    found, other = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in (Path(here, name) for name in sorted(files) if not name.startswith(".")):
-            known = file.suffix.lower() in PICTURES
-            found += [file] * known
-            other |= {file.suffix.lower() or file.name} - PICTURES
-    if found and other:
-        print(f"{folder}: passed over are {', '.join(sorted(other)[:9])}")
-    return found
-
-
-def by_folder(root: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """name -> the files at any depth below this folder in `root`."""
-    result = {}
-    for file in files:
-        folder, *below = file.relative_to(root).parts
-        if below:
-            result.setdefault(folder, []).append(file)
-    return result
+    the first folder of TEST that has the same classes, which is said. Hidden files and folders, and
+    files that are no pictures by their ending, are passed over."""
+    files = [Path(file) for file in sorted(glob.glob("**", root_dir=path, recursive=True))
+             if Path(file).suffix.lower() in PICTURES]
+    tops = {file.parts[0] for file in files if len(file.parts) > 1}
+    trains = sorted(top for top in tops if top.lower() in TRAIN)
+    tests = [top for name in TEST for top in tops if top.lower() == name]
+    parts, level = [], int(bool(trains or tests))                # a class is which part of a path
+    if level and (len(trains) != 1 or tops - {*trains, *tests}):
+        raise ValueError(f"{', '.join(sorted(tops))}: expected are folders of classes, or train and "
+                         f"one of {', '.join(TEST)}")
+    names = sorted({file.parts[level] for file in files if len(file.parts) > level + 1
+                    and file.parts[0] in (trains or tops)})
+    for top in trains + tests if level else [""]:
+        mine = [f for f in files if f.parts[0] == top or not level]
+        classes = [f.parts[level] for f in mine if len(f.parts) > level + 1]
+        if top in tests and not {*classes} & {*names}:           # unlabelled
+            continue
+        if more := {*classes} - {*names}:
+            raise ValueError(f"class {min(more)} is only in the test part, {top}")
+        labels = torch.tensor([names.index(name) for name in classes])
+        parts.append((np.array([path / f for f in mine if len(f.parts) > level + 1]), labels))
+        if len(parts) == 2:
+            print(f"{path}: tested on {top}")
+            break
+    if not names or tests and len(parts) < 2:
+        raise ValueError("no folder of CIFAR binaries, or of one of images per class" if not names
+                         else f"{', '.join(tests)}: no folders of the classes that train has")
+    return parts, names
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -751,14 +715,12 @@ def options(description: str, **own) -> argparse.Namespace:
                                      usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, words) in (OPTIONS | own).items():
-        flag = f"--{name.replace('_', '-')}"
+        how = {"type": default, "help": words}
         if default is False:
-            parser.add_argument(flag, action="store_true", help=words)
-        elif isinstance(default, type):
-            parser.add_argument(flag, type=default, help=words)
-        else:
-            parser.add_argument(flag, type=type(default), default=default,
-                                help=f"{words} ({default})")
+            how = {"action": "store_true", "help": words}
+        elif not isinstance(default, type):
+            how = {"type": type(default), "default": default, "help": f"{words} ({default})"}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     args = parser.parse_args()
     cuda, out = args.device.startswith("cuda"), Path(args.out).absolute()
     args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
@@ -793,26 +755,22 @@ def options(description: str, **own) -> argparse.Namespace:
 
 
 def make_config(args: argparse.Namespace, **changes) -> Config:
-    """The Config that the options describe; with --method lora that of plain LoRA."""
+    """The Config that the options describe: of a checkpoint's --method lora, plain LoRA's."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    return Config(**fields | (PLAIN if args.method == "lora" else {}) | changes)
+    return Config(**fields | (PLAIN if args.method == "lora" and args.checkpoint else {}) | changes)
 
 
 def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[Trial]:
     """The runs of this command line: one on a checkpoint (none with --eval-only), and four in a
     demo. learning_rates: of "checkpoint", and of the demo's, which are also its folders."""
-    out, r, alpha = Path(args.out), args.rank, args.alpha
-    table = (("lora", f"LoRA r={r}", PLAIN),
-             ("lora4r", f"LoRA r={4 * r}", {"rank": 4 * r, "alpha": 4 * alpha} | PLAIN),
+    r, wide = args.rank, {"rank": 4 * args.rank, "alpha": 4 * args.alpha}
+    table = (("lora", f"LoRA r={r}", PLAIN), ("lora4r", f"LoRA r={4 * r}", PLAIN | wide),
              ("structlora", f"StructLoRA r={r}", {}),
              ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"}))
     if args.checkpoint:
-        rows = [Trial(f"{args.method} r={r}", out, make_config(args), learning_rates["checkpoint"])]
-    else:
-        method = argparse.Namespace(**vars(args) | {"method": "structlora"})
-        rows = [Trial(name, out / folder, make_config(method, **changes), learning_rates[folder])
-                for folder, name, changes in table]
-    return [row._replace(lr=args.lr or row.lr) for row in rows if not args.eval_only]
+        table = [("checkpoint", f"{args.method} r={r}", {})] * (not args.eval_only)
+    return [Trial(name, Path(args.out, "" if args.checkpoint else key), make_config(args, **changes),
+                  args.lr or learning_rates[key]) for key, name, changes in table]
 
 
 def check_config(model: nn.Module, config: Config) -> None:
@@ -825,14 +783,14 @@ def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
     """With --eval-only gives `model` the adapters of OUT/adapter.pt, if there are any. Returns what
     is scored: the name of the table's first row."""
     path = Path(args.out, "adapter.pt")
-    if not args.eval_only or not path.exists():
+    if not args.eval_only or not path.exists() or (              # OUT/merged.pt has them in it
+            Path(args.checkpoint).resolve().parent == path.resolve().parent):
         return "frozen"
-    if Path(args.checkpoint).resolve().parent == path.resolve().parent:
-        return "frozen"                                          # OUT/merged.pt has them in it
     with reading(path):
         classes = load_torch(path).get("options", {}).get("classes")     # of train_vit.py
-        if classes not in (None, getattr(args, "classes", None)):
-            raise ValueError(f"its classes are {', '.join(classes)[:99]}, not those of the data")
+        if classes and classes != args.classes:
+            raise ValueError(f"its classes are {', '.join(classes)[:99]}, not "
+                             f"{', '.join(args.classes)[:99]}")
     StructLoRA.load(model, path)
     return str(path)
 
@@ -884,11 +842,11 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def fingerprint(*values) -> str:
-    """A fingerprint of tensors [...] and of what repr() shows of anything else."""
+    """Of tensors their bytes', of anything else that of what repr() shows."""
     result = hashlib.sha256()
     for value in values:
-        tensor = torch.is_tensor(value)
-        result.update(value.contiguous().cpu().numpy().data if tensor else repr(value).encode())
+        result.update(value.cpu().contiguous().numpy() if torch.is_tensor(value)
+                      else repr(value).encode())
     return result.hexdigest()
 
 
@@ -978,8 +936,7 @@ def exit_status(main: Callable[[], None]) -> int:
     """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130. What the
     console cannot print is escaped: a name must not end a run."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
