@@ -193,14 +193,17 @@ PASSED = """mm_vision_tower mm_hidden_size mm_projector_lr mm_vision_tower_lr tu
     tune_mm_vision_resampler freeze_mm_mlp_adapter freeze_mm_vision_resampler freeze_backbone
     unfreeze_mm_vision_tower pretrain_mm_mlp_adapter image_grid_pinpoints image_crop_resolution
     image_split_resolution tokenizer_padding_side tokenizer_model_max_length max_length""".split()
-# CLIP's own: sizes, with the defaults that transformers may leave out, and what must be so.
-SIZES = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
-         "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5}
-TOWER = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3}
+# What CLIP's two .json leave out is as here; they hold these keys, with the values that are given.
+DEFAULTS = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
+            "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+TOWER = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
+         "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+         "size": None, "crop_size": None} | dict.fromkeys(DEFAULTS)
 BESIDE = (*vit.IGNORED, *"""projection_dim dropout attention_dropout initializer_factor id2label
-    tie_word_embeddings length_penalty repetition_penalty max_length num_beams num_beam_groups
-    num_return_sequences typical_p top_k top_p temperature""".split())
-PROCESSOR = vit.PROCESSOR | {"do_resize": True, "do_normalize": True}
+    chunk_size_feed_forward tie_word_embeddings length_penalty repetition_penalty diversity_penalty
+    encoder_no_repeat_ngram_size no_repeat_ngram_size min_length max_length num_beams top_k top_p
+    num_beam_groups num_return_sequences typical_p temperature do_center_crop""".split())
 
 
 def load_llava(llava_directory: str | Path, vision_directory: str | Path | None = None,
@@ -227,13 +230,9 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
 def read_tower(path: Path, folder: Path, parts: dict[str, list]) -> vit.ViTConfig:
     """Sizes of CLIP's tower in `folder`, up to the hidden state that LLaVA's config.json at `path`
     names (0 enters the first block; negative: from the end); its weights are added to `parts`."""
-    c, v = vit.read_json(path), vit.read_json(folder / "config.json")
-    v = v.get("vision_config", v)                                # a whole CLIP has a text part too
+    c, v = vit.read_json(path), read_clip(folder)
     vit.only(c, SETTINGS, tuple(c), f"this is no LLaVA-1.5: {path}:")
-    vit.only({key: value for key, value in v.items() if value != 0}, TOWER | dict.fromkeys(SIZES),
-             BESIDE, f"{folder / 'config.json'}:")
-    v, layer = SIZES | v, c.get("mm_vision_select_layer", -2)
-    depth = v["num_hidden_layers"]
+    layer, depth = c.get("mm_vision_select_layer", -2), v["num_hidden_layers"]
     used = layer if layer >= 0 else depth + 1 + layer
     if not 0 < used <= depth:
         raise ValueError(f"mm_vision_select_layer is {layer} of {depth} layers")
@@ -245,26 +244,28 @@ def read_tower(path: Path, folder: Path, parts: dict[str, list]) -> vit.ViTConfi
     t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
     parts |= {f"model.vision_tower.{name}": [tensor] for name, tensor in t.items()
               if not name.startswith("blocks.") or int(name.split(".")[1]) < used}
-    mean, std = read_processor(folder / "preprocessor_config.json", v["image_size"])
     return vit.ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], used,
-                         v["num_attention_heads"], v["intermediate_size"],
-                         eps=v["layer_norm_eps"], mean=mean, std=std)
+                         v["num_attention_heads"], v["intermediate_size"], eps=v["layer_norm_eps"],
+                         mean=tuple(v["image_mean"]), std=tuple(v["image_std"]))
 
 
-def read_processor(path: Path, size: int) -> tuple[tuple, tuple]:
-    """Mean and deviation of pictures by CLIP's preprocessor_config.json: CLIP's own without one."""
-    image = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "size": size, "crop_size": size}
-    given = vit.read_json(path) if path.exists() else {}
-    vit.only(given, PROCESSOR, vit.IGNORED, f"{path}:")
-    image |= {key: value for key, value in given.items() if value is not None}
-    with reading(path):
-        for sides in (image["size"], image["crop_size"]):        # 336, or {"shortest_edge": 336}
+def read_clip(folder: Path) -> dict[str, Any]:
+    """CLIP's config.json and preprocessor_config.json, if there is one, with what they leave out.
+    Raises ValueError for what the tower, or read_pixels() and vit.prepare(), do otherwise."""
+    found, processor = dict(DEFAULTS), folder / "preprocessor_config.json"
+    for path in [folder / "config.json"] + [processor] * processor.exists():
+        given = vit.read_json(path)
+        given = given.get("vision_config", given)                # a whole CLIP has a text part too
+        vit.only(given, TOWER, BESIDE, f"{path}:")
+        found |= {key: value for key, value in given.items() if value is not None}
+    size = found["image_size"]
+    with reading(processor):
+        for sides in (found.get("size", size), found.get("crop_size", size)):    # or a dict of them
             if {*(sides.values() if isinstance(sides, dict) else [sides])} != {size}:
                 raise ValueError(f"size {sides}, and the tower's pictures have {size}")
-        mean, std = tuple(image["image_mean"]), tuple(image["image_std"])
-        if torch.tensor([mean, std]).shape != (2, 3) or not all(std):
-            raise ValueError(f"mean {mean} and deviation {std}: expected three numbers each")
-        return mean, std
+        if torch.tensor([found["image_mean"], found["image_std"]]).shape != (2, 3):
+            raise ValueError("image_mean and image_std must be three numbers each")
+    return found
 
 
 # --- Data
