@@ -462,7 +462,8 @@ def save_vit(model: ViT, path: str | Path) -> None:
 
 def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
     """(training data, test data, names of the classes) of a CIFAR folder, an .npz or a folder of
-    class folders. Without a test part every fifth example of each class is held out."""
+    class folders. Without a test part every fifth example of each class is held out, from its
+    second on."""
     path = Path(path)
     with reading(path):
         cifar = list(path.glob("data_batch_*.bin")) + list(path.glob("train.bin"))
@@ -471,7 +472,7 @@ def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
         if not test:
             order = torch.argsort(train[1], stable=True)
             place = torch.cat([torch.arange(n) for n in train[1].bincount()])
-            train, *test = take(train, order[place % 5 != 4]), take(train, order[place % 5 == 4])
+            train, *test = take(train, order[place % 5 != 1]), take(train, order[place % 5 == 1])
         there, asked = set(train[1].tolist()), set(test[0][1].tolist())
         if len(there) < 2:
             raise ValueError(f"only one class, {names[0]}: expected is a folder for each")

@@ -170,7 +170,7 @@ def test_resume_refuses_changed_data_and_a_folder_without_a_run(cli, vit, tmp_pa
     assert cli(train_vit, *vit, "--out", "run")[0] == 0
     with np.load(tmp_path / "data.npz") as file:
         x, y = file["x"], file["y"]
-    for place in (0, 14):                                        # of the training and the test part
+    for place in (0, 5):                                         # of the training and the test part
         changed = x.copy()
         changed[place] += 1
         np.savez(tmp_path / "data.npz", x=changed, y=y)
@@ -342,8 +342,14 @@ def test_two_processes_equal_one_at_twice_the_batch(tmp_path):
         assert gap < near, (name, gap)
     rest = start(tmp_path, "two", 4, 2, options=("--resume",))
     assert rest.communicate(timeout=300)[1] is not None and rest.returncode == 0
-    few = start(tmp_path, "few", 4, 2, options=("--shots", "1"))        # of one kind: one row
-    err = few.communicate(timeout=300)[1]
-    assert few.returncode and "1 training rows for 2 processes" in err and "Trace" not in err, err
     wrong = start(tmp_path, "two", 8, 1, options=("--resume",))
     assert "not 8" in wrong.communicate(timeout=300)[1] and wrong.returncode == 2
+
+
+def test_fewer_rows_than_processes_are_refused_in_one_line(cli, vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vit, "processes", lambda: (0, 50))
+    for script, options in ((train_vit, (*vit, "--out", "run")),
+                            (train_llama, (*llama_options(tmp_path, "run", 8), "--shots", "1"))):
+        status, _, err = cli(script, *options)
+        assert status == 2 and "training rows for 50 processes" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()
