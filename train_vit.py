@@ -168,7 +168,9 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
     told = costs(adapters, lines)
     if rank == 0:                                                # before anything else can fail
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
-    if args.merge and adapters.merge() and rank == 0:
+    if args.merge:
+        adapters.merge()
+    if args.merge and rank == 0:
         save_vit(model, out / "merged.pt")
     row = summary(name, evaluate(model, test, args), told)
     adapters.detach()
@@ -345,8 +347,7 @@ def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, co
 
 
 def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
-    """Position embeddings [1, 1 + grid^2, D], the class token's first, for a larger or smaller
-    image of size x size."""
+    """Position embeddings [1, 1 + grid^2, D], the class token's first, for size x size pixels."""
     grid, rest = divmod(size, patch)
     if rest:
         raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
@@ -390,7 +391,7 @@ def read_pth(path: Path) -> tuple[dict, dict]:
         raise ValueError(f"holds {', '.join(map(str, file))[:99]}{READ}")
     if "vit" in file:
         return renamed(tensors, {}), file["vit"]
-    if "conv_proj.weight" in tensors:
+    if any("conv_proj." in name for name in tensors):
         return renamed(tensors, TORCHVISION), {**IMAGENET}
     tensors = renamed(tensors, TIMM)
     return tensors, {"guess": IMAGENET if "model" in file or "head.weight" not in tensors else HALF}
@@ -421,10 +422,10 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         sizes, labels = [config.get("image_size")], config.get("id2label") or {}
         for size in image.get("size"), image.get("crop_size"):
             sizes += size.values() if isinstance(size, dict) else [size]
-        names = [labels[str(n)] for n in range(len(labels))]
+        names = [labels.get(str(n)) for n in range(len(labels))]
         tensors = {name: tensor for name, tensor in renamed(tensors, HUGGINGFACE).items()
                    if not name.startswith("pooler.")}
-    if names and len(names) != len(tensors.get("head.weight", names)):
+    if None in names or names and len(names) != len(tensors.get("head.weight", names)):
         raise ValueError(f"config.json names {len(names)} classes, not those of the head")
     mean, std = image.get("image_mean"), image.get("image_std")
     known |= {"mean": tuple(mean), "std": tuple(std)} if mean and std else {"guess": HALF}
@@ -500,12 +501,16 @@ def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
     for part in parts:
         batches = [read_batch(folder / name, first, classes) for name in part]
         data.append(tuple(torch.cat(tensors) for tensors in zip(*batches)))
-    names = meta.read_text(encoding="utf-8").split() if meta.exists() else map(str, range(classes))
-    return data, list(names)
+    names = [str(n) for n in range(classes)]
+    if meta.exists():
+        names = meta.read_text(encoding="utf-8").split()
+    if len(names) != classes:
+        raise ValueError(f"{meta.name} names {len(names)} classes, not {classes}")
+    return data, names
 
 
 def read_batch(path: Path, first: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One CIFAR file: rows of `first` label bytes (the last one counts) and 3,072, channel first."""
+    """One CIFAR file: rows of `first` label bytes (the last one counts) and 3,072 of pixels."""
     with reading(path):
         rows = path.read_bytes()
         if not rows or len(rows) % (first + 3072):
@@ -542,30 +547,29 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     files = [Path(file) for file in sorted(glob.glob("**", root_dir=path, recursive=True))
              if Path(file).suffix.lower() in PICTURES]
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
-    trains = sorted(top for top in tops if top.lower() in TRAIN)
+    trains = [top for top in tops if top.lower() in TRAIN]
     tests = [top for name in TEST for top in tops if top.lower() == name]
-    parts, level = [], int(bool(trains or tests))                # a class is which part of a path
-    if level and (len(trains) != 1 or tops - {*trains, *tests}):
-        raise ValueError(f"{', '.join(sorted(tops))}: expected are folders of classes, or train and "
-                         f"one of {', '.join(TEST)}")
-    names = sorted({file.parts[level] for file in files if len(file.parts) > level + 1
-                    and file.parts[0] in (trains or tops)})
-    for top in trains + tests if level else [""]:
-        mine = [f for f in files if f.parts[0] == top or not level]
-        classes = [f.parts[level] for f in mine if len(f.parts) > level + 1]
-        if top in tests and not {*classes} & {*names}:           # unlabelled
-            continue
-        if more := {*classes} - {*names}:
-            raise ValueError(f"class {min(more)} is only in the test part, {top}")
-        labels = torch.tensor([names.index(name) for name in classes])
-        parts.append((np.array([path / f for f in mine if len(f.parts) > level + 1]), labels))
-        if len(parts) == 2:
-            print(f"{path}: tested on {top}")
-            break
-    if not names or tests and len(parts) < 2:
-        raise ValueError("no folder of CIFAR binaries, or of one of images per class" if not names
-                         else f"{', '.join(tests)}: no folders of the classes that train has")
-    return parts, names
+    split = bool(trains or tests)
+    if split and (len(trains) != 1 or tops - {*trains, *tests}):
+        raise ValueError(f"{', '.join(sorted(tops))}: expected are folders of classes, or train "
+                         f"and one of {', '.join(TEST)}")
+    rows = [(file.parts[0] if split else "", file.parts[split], path / file) for file in files
+            if len(file.parts) > split + 1]                      # (part, class, file)
+    train, data = trains[0] if split else "", []
+    names = sorted({name for part, name, _ in rows if part == train})
+    labelled = [t for t in tests if any(part == t and name in names for part, name, _ in rows)]
+    if not names or tests and not labelled:
+        raise ValueError(f"{', '.join(tests)}: no folders of the classes that {train} has" if names
+                         else "no folder of CIFAR binaries, or of one of images per class")
+    for part in (train, *labelled[:1]):
+        mine = [(name, file) for where, name, file in rows if where == part]
+        if more := {name for name, _ in mine} - {*names}:
+            raise ValueError(f"class {min(more)} is only in the test part, {part}")
+        labels = torch.tensor([names.index(name) for name, _ in mine])
+        data.append((np.array([file for _, file in mine]), labels))
+    if labelled:
+        print(f"{path}: tested on {labelled[0]}")
+    return data, names
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -770,8 +774,9 @@ def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[T
              ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"}))
     if args.checkpoint:
         table = [("checkpoint", f"{args.method} r={r}", {})] * (not args.eval_only)
-    return [Trial(name, Path(args.out, "" if args.checkpoint else key), make_config(args, **changes),
-                  args.lr or learning_rates[key]) for key, name, changes in table]
+    return [Trial(name, Path(args.out, key if not args.checkpoint else ""),
+                  make_config(args, **changes), args.lr or learning_rates[key])
+            for key, name, changes in table]
 
 
 def check_config(model: nn.Module, config: Config) -> None:
@@ -789,9 +794,10 @@ def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
         return "frozen"
     with reading(path):
         classes = load_torch(path).get("options", {}).get("classes")     # of train_vit.py
-        if classes and classes != args.classes:
+        mine = vars(args).get("classes") or ()
+        if classes and classes != mine:
             raise ValueError(f"its classes are {', '.join(classes)[:99]}, not "
-                             f"{', '.join(args.classes)[:99]}")
+                             f"{', '.join(mine)[:99]}")
     StructLoRA.load(model, path)
     return str(path)
 
@@ -873,7 +879,7 @@ def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namesp
             for name, value in file["options"].items():
                 if vars(args)[name] != value and name not in TRANSIENT:
                     raise ValueError(f"the run has {name}={value!r}, not {vars(args)[name]!r}")
-            if file["digest"] != digest:
+            if file.get("digest") != digest:
                 raise ValueError("the run was on other training or test data: they have changed")
             adapters.load_state(file)
             optimizer.load_state_dict(file["optimizer"])
