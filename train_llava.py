@@ -16,12 +16,12 @@ Order of this file: model, fine-tuning, checkpoints, data, scores, demo.
 """
 
 import copy
-import functools
 import json
 import math
 import re
 from collections import Counter, namedtuple
 from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, Iterator
@@ -132,7 +132,7 @@ class Llava(llama.Llama):
 def losses_of(model: nn.Module, batch: tuple) -> torch.Tensor:
     """Cross entropy of each answer token of a batch of collate(), [M] in nats, row by row."""
     images, *texts = batch
-    return llama.answer_losses(functools.partial(model, images), texts)
+    return llama.answer_losses(partial(model, images), texts)
 
 
 def main() -> None:
@@ -162,14 +162,13 @@ def main() -> None:
         vit.check_config(model, trial.config)
     model = model if path else pretrained(args).to(dtype)
     name, digest = vit.adapters_beside(model, args), vit.fingerprint(rows, test)
-    score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
-    score = vit.autocast(args)(score)
+    score = vit.autocast(args)(partial(evaluate, tokenizer=tokenizer, test=test, args=args))
     table = [vit.summary(name, score(model))]
     for name, out, config, lr in runs:
         fresh = model if path else copy.deepcopy(model)          # --merge and --tune change it
         table.append(llama.fine_tune(
             args, config, lr, fresh, rows, num_examples, score, name, out, digest,
-            functools.partial(collate, vision=model.vision), losses_of,
+            partial(collate, vision=model.vision), losses_of,
             [fresh.model.mm_projector] * args.tune_projector))
     vit.print_table(table)
 
@@ -190,16 +189,15 @@ SETTINGS = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patc
             "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 # The rest of its own keys: of its training. (The tower is the one that --vision-checkpoint names.)
 PASSED = """mm_vision_tower mm_hidden_size mm_projector_lr mm_vision_tower_lr tune_mm_mlp_adapter
-    tune_mm_vision_resampler freeze_mm_mlp_adapter freeze_mm_vision_resampler freeze_backbone
-    unfreeze_mm_vision_tower pretrain_mm_mlp_adapter image_grid_pinpoints image_crop_resolution
-    image_split_resolution tokenizer_padding_side tokenizer_model_max_length max_length""".split()
+    freeze_mm_mlp_adapter freeze_backbone unfreeze_mm_vision_tower pretrain_mm_mlp_adapter
+    tokenizer_padding_side tokenizer_model_max_length max_length""".split()
 # What CLIP's two .json leave out is as here; they hold these keys, with the values that are given.
 DEFAULTS = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
             "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
             "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 TOWER = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
-         "do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-         "size": None, "crop_size": None} | dict.fromkeys(DEFAULTS)
+         "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+         "do_normalize": True, "size": None, "crop_size": None} | dict.fromkeys(DEFAULTS)
 BESIDE = (*vit.IGNORED, *"""projection_dim dropout attention_dropout initializer_factor id2label
     chunk_size_feed_forward tie_word_embeddings length_penalty repetition_penalty diversity_penalty
     encoder_no_repeat_ngram_size no_repeat_ngram_size min_length max_length num_beams top_k top_p
@@ -212,8 +210,8 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
     in LLaVA's own files goes before CLIP's. Raises ValueError that names them and what is wrong."""
     path = Path(llava_directory)
     with reading(path if path.is_file() else f"{path} with {vision_directory}"):
-        known = ("vision", "mm_vision_select_layer", *SETTINGS, *PASSED)
-        config, parts = llama.read_checkpoint(path, known)
+        also = ("mm_vision_select_layer", *SETTINGS, *PASSED)
+        config, parts = llama.read_checkpoint(path, also)
         if path.is_file():
             vision = vit.ViTConfig(**load_torch(path)["vision"])
         elif vision_directory:
@@ -263,7 +261,8 @@ def read_clip(folder: Path) -> dict[str, Any]:
         for sides in (found.get("size", size), found.get("crop_size", size)):    # or a dict of them
             if {*(sides.values() if isinstance(sides, dict) else [sides])} != {size}:
                 raise ValueError(f"size {sides}, and the tower's pictures have {size}")
-        if torch.tensor([found["image_mean"], found["image_std"]]).shape != (2, 3):
+        numbers = torch.tensor([found["image_mean"], found["image_std"]])
+        if numbers.shape != (2, 3) or not numbers[1].all():
             raise ValueError("image_mean and image_std must be three numbers each")
     return found
 
@@ -299,6 +298,8 @@ def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list,
         files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in KINDS)
         words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
         tests = [file for file in files if "train" not in words[file] and words[file] & TESTS]
+    if not files:
+        raise ValueError(f"{path}: has no files that end in {', '.join(KINDS)}")
     files = [file for file in files if file not in tests]
     train, test = read_examples(files), read_examples(tests)
     found = find_pictures(train + test, Path(images or (path if path.is_dir() else path.parent)))
@@ -314,8 +315,9 @@ def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list,
     if not answered or not test or not all(e.references for e in test):
         raise ValueError(f"{path}: too few answers in {len(train)} training, {len(test)} test rows")
     test = list({(e.image, e.turns[0][0]): e for e in test}.values())    # one caption of a picture
-    print(f"{len(train)} rows to train on, {len(test)} to test on, of", *[f.name for f in tests] or
-          ["every tenth picture"])
+    names = [", ".join(file.name for file in part) for part in (files, tests)]
+    print(f"{len(train)} rows to train on, of {names[0]}, and {len(test)} to test on, of "
+          f"{names[1] or 'every tenth picture'}")
     return train, test
 
 
@@ -437,7 +439,7 @@ def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
     return [e._replace(image=paths[e.image]) for e in examples]
 
 
-@functools.lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
+@lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
 def read_pixels(path: Path, size: int, mean: tuple) -> torch.Tensor:
     """uint8 [3, size, size] of the picture in a file: padded to a square with the mean colour, then
     resized (bicubic)."""

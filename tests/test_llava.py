@@ -258,6 +258,7 @@ BAD = {  # what is done to the folder, what the line must say
     "no normalising": (change(IMAGES, do_normalize=False), "preproc.*: do_normalize is False; onl"),
     "other pixels": (change(IMAGES, rescale_factor=1 / 127.5), "rescale_factor is 0.00784"),
     "other sizes": (change(IMAGES, size={"shortest_edge": 10}), "preproc.*: size {'shortest_edge'"),
+    "nearest pixels": (change(IMAGES, resample=0), "preprocessor_config.json: resample is 0"),
     "two channels": (change(IMAGES, image_mean=[0.5, 0.5]), "preprocessor_config.json: exp"),
     "other steps": (change(IMAGES, do_pad=True), "preprocessor_config.json: do_pad"),
     "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "mm_vision_select_layer is 9"),
@@ -505,11 +506,18 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, real, tmp_path):
     for more in (real[1:], ["out/llava/merged.pt", "--tokenizer", real[1], *real[4:]]):
         status, out, err = cli(train_llava, "--checkpoint", *more, "--eval-only")
         assert status == 0 and out.splitlines()[-1].replace(" ", "").split("|")[2:5] == scores, err
+    more = ["--tune-projector", "--tune-vision", "--resume", "--data"]
+    assert cli(train_llava, *real, *more, tmp_path / "data")[0] == 0
+    train, val = (json.loads((tmp_path / f"data/{name}.json").read_text()) for name in ("train", "val"))
+    put(tmp_path / "data", train=train[::-1], val=val)
+    status, _, err = cli(train_llava, *real, *more, tmp_path / "data")
+    assert status == 2 and "other training or test data" in err
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--vision-checkpoint", "gone"], "gone"), (["--images", "gone"], "4 of 4 pictures"),
-    (["--data", "gone"], "gone"), (["--tokenizer", "gone"], "gone")])
+    (["--data", "gone"], "gone"), (["--data", "net"], "has no files that end in .json, .jsonl"),
+    (["--tokenizer", "gone"], "gone")])
 def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, arguments, message):
     status, _, err = cli(train_llava, *real, "--out", "new", *arguments)
     assert status == 2 and err.count("\n") == 1 and message in err
