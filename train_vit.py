@@ -241,7 +241,8 @@ HUGGINGFACE = {
     "attention.output.dense": "attn.o_proj", "intermediate.dense": "fc1", "output.dense": "fc2",
     "layernorm.": "norm.", "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head."}
+    "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head.",
+    "layers.": "blocks.", ".attention.": ".attn.", "mlp.": ""}   # transformers 5, in memory
 GOOGLE = {
     "opt/target/": "", "cls": "cls_token", "Transformer/encoder_norm": "norm", "kernel": "weight",
     "scale": "weight", "Transformer/encoderblock_": "blocks.",
@@ -330,7 +331,8 @@ def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, co
         return had
     named, numbered = set(names or ()) <= set(had), set(names or ()) == set(numbers)
     if names and named and len(set(had)) == rows:
-        order, how = [had.index(name) for name in names], "its head by the names of the classes"
+        order = [had.index(name) for name in names]
+        how = "the rows of its head follow the names of the classes"
     elif names and len(names) == rows and (numbered or not had):     # folders 0, 1, 10, 2 ...
         order = [int(name) for name in names] if numbered else [*range(rows)]
         who = "the data only number their" if had else "the file does not name its"
