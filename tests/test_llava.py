@@ -508,8 +508,8 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, real, tmp_path):
         assert status == 0 and out.splitlines()[-1].replace(" ", "").split("|")[2:5] == scores, err
     more = ["--tune-projector", "--tune-vision", "--resume", "--data"]
     assert cli(train_llava, *real, *more, tmp_path / "data")[0] == 0
-    train, val = (json.loads((tmp_path / f"data/{name}.json").read_text()) for name in ("train", "val"))
-    put(tmp_path / "data", train=train[::-1], val=val)
+    train = json.loads((tmp_path / "data/train.json").read_text())
+    put(tmp_path / "data", train=train[::-1])
     status, _, err = cli(train_llava, *real, *more, tmp_path / "data")
     assert status == 2 and "other training or test data" in err
 
