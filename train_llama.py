@@ -250,9 +250,8 @@ def evaluate(model: Llama, tokenizer: Any, test: list, args) -> dict[str, float]
     perplexity if there are no choices. loss: nats per token of right answers. Prints a sample."""
     right, own = [], []
     for prompt, choices, answer in test:
-        rows = []    # of each choice, without the end of text unless it is nothing else
-        for text in choices:
-            rows += encode_rows(tokenizer, prompt, text, args.max_length, not text)
+        rows = [row for text in choices  # without the end of text, unless it is nothing else
+                for row in encode_rows(tokenizer, prompt, text, args.max_length, not text)]
         losses = answer_losses(model.eval(), collate(rows, args.device))
         losses = losses.split([len(row.tokens) - row.start for row in rows])
         own += [losses[answer]] if prompt else losses
@@ -320,9 +319,9 @@ SETTINGS = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_ke
             "head_dim intermediate_size rms_norm_eps rope_theta rope_scaling rope_parameters "
             "tie_word_embeddings").split()
 SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-IDLE = ("max_batch_size max_seq_len _name_or_path architectures attention_dropout bos_token_id "
-        "eos_token_id pad_token_id initializer_range max_position_embeddings max_sequence_length "
-        "pretraining_tp dtype torch_dtype transformers_version use_cache").split()
+IDLE = (*vit.IGNORED, *("max_batch_size max_seq_len max_position_embeddings max_sequence_length "
+                        "attention_dropout bos_token_id eos_token_id pad_token_id pretraining_tp "
+                        "use_cache").split())
 
 
 def load_llama(directory: str | Path, dtype=torch.bfloat16, device: str = "cpu") -> Llama:
@@ -363,7 +362,7 @@ def read_checkpoint(directory: str | Path, also=()) -> tuple[LlamaConfig, dict[s
         if path.is_file():
             file = load_torch(path) if zipfile.is_zipfile(path) else ()
             if not {"llama", "model"} <= {*file}:
-                raise ValueError("not what --merge writes: of other weights give the folder")
+                raise ValueError("not what --merge writes: of any other model give the folder")
             return LlamaConfig(**file["llama"]), {name: [t] for name, t in file["model"].items()}
         meta, theirs = sorted(path.glob("consolidated.*.pth")), [*path.glob("pytorch_model*.bin")]
         if meta and theirs:
@@ -391,7 +390,7 @@ def read_meta(path: Path, files: set, parts: dict) -> tuple[LlamaConfig, dict[st
     says it, cut by rows or by columns. Llama 3.2 stores its tied output too. With use_scaled_rope
     Meta's code stretches by 8; its Hugging Face files of 3.2 say 32, which we follow if tied."""
     with reading(path):
-        p, embeddings = json.loads(path.read_text(encoding="utf-8")), parts["tok_embeddings.weight"]
+        p, embeddings = vit.read_json(path), parts["tok_embeddings.weight"]
         vit.only(p, PARAMS, IDLE)
         embedding, output = embeddings[0], parts.get("output.weight", embeddings)[0]
         tied = output.shape == embedding.shape and torch.equal(output, embedding)
@@ -419,18 +418,15 @@ def read_meta(path: Path, files: set, parts: dict) -> tuple[LlamaConfig, dict[st
 def huggingface_config(path: Path, also=()) -> LlamaConfig:
     """Sizes from config.json; what this model has no part for is refused, not ignored."""
     with reading(path):
-        c = json.loads(path.read_text(encoding="utf-8"))
+        c = vit.read_json(path)
         if "text_config" in c:
             raise ValueError("the layout of llava-hf: not supported")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}   # transformers 5, before
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        types = ["llama"] + ["llava", "llava_llama"] * bool(also)
-        can = {"model_type": types, "hidden_act": ["silu"], "rope_type": ["default", "llama3"],
-               "attention_bias": [False], "mlp_bias": [False]}
-        for key, value in (c | {"rope_type": kind}).items():
-            if value not in can.get(key, [value]):
-                raise ValueError(f"{key} {value}: not supported")
-        vit.only(c, (*can, *SETTINGS, *also), IDLE)
+        types = ("llama", "llava", "llava_llama") if also else ("llama",)
+        if c.get("model_type", "llama") not in types or kind not in ("default", "llama3"):
+            raise ValueError(f"{c.get('model_type')} with rotary type {kind}: not supported")
+        vit.only(c, dict.fromkeys((*SETTINGS, "model_type", *also)) | {"hidden_act": "silu"}, IDLE)
         vit.only(rope, ("rope_type", "type", "rope_theta", *SCALING))
         scaling = tuple(rope[key] for key in SCALING) if kind == "llama3" else ()
         heads = c["num_attention_heads"]
