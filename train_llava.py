@@ -340,7 +340,7 @@ def read_content(file: Path) -> dict:
     if file.suffix.lower() == ".json":
         content = json.loads(content)
     else:
-        content = [json.loads(line) for line in content.split("\n") if line.strip()]
+        content = [line for line in content.split("\n") if line.strip()]
     if isinstance(content, list):
         return {"conversations": content}
     known = ("images", "annotations", "questions", "data_subtype")
@@ -385,7 +385,7 @@ def parse(content: dict, answers: dict) -> Iterator[Example]:
     those of its picture as references. What else COCO's files hold is passed over."""
     for number, record in enumerate(content.get("conversations", ()), 1):
         with reading(f"record {number}"):
-            yield parse_conversation(record)
+            yield parse_conversation(json.loads(record) if isinstance(record, str) else record)
     for question in content.get("questions", ()):
         number, picture, text = fields(question, "question_id image_id question")
         if number in answers:

@@ -371,6 +371,9 @@ def test_lines_of_json_are_read_as_a_list_and_texts_as_utf8(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8-sig")
     read = [read_data(tmp_path / name) for name in ("a.json", "b.jsonl")]
     assert read[0] == read[1] and read[0][0][0].turns[0][1] == "M\u00fcnchen\u2028"
+    (tmp_path / "b.jsonl").write_text(lines[:-9], encoding="utf-8")
+    with pytest.raises(ValueError, match="b.jsonl: record 4: "):
+        read_data(tmp_path / "b.jsonl")
 
 
 def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
