@@ -168,10 +168,9 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
     told = costs(adapters, lines)
     if rank == 0:                                                # before anything else can fail
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
-    if args.merge:
-        adapters.merge()
-    if args.merge and rank == 0:
-        save_vit(model, out / "merged.pt")
+    merged = adapters.merge() if args.merge else None
+    if merged and rank == 0:
+        save_vit(merged, out / "merged.pt")
     row = summary(name, evaluate(model, test, args), told)
     adapters.detach()
     return row
@@ -196,8 +195,8 @@ def main() -> None:
                    image_size=(int, "of the model, its positions resized (the checkpoint's)"),
                    num_heads=(int, "attention heads of a .pth (64 wide)"),
                    normalise=(str, "pictures by half or imagenet (as the checkpoint says)"))
-    args.classes = None                                          # their names, also in adapter.pt
     path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
+    args.classes = None                                          # their names, also in adapter.pt
     if path:
         train, test, args.classes = read_images(args.data)
         print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"

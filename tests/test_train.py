@@ -213,9 +213,10 @@ def folders(tmp_path, *names):
     """Pictures of 16 x 16 of these classes, told apart by brightness -> options of train_vit.py."""
     Image = pytest.importorskip("PIL.Image")
     for number, name in enumerate(names):
-        (tmp_path / "data" / name).mkdir(parents=True)
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
         for i in range(10):
-            Image.new("L", (16, 16), 90 * number + 9 * i).save(tmp_path / "data" / name / f"{i}.png")
+            Image.new("L", (16, 16), 90 * number + 9 * i).save(folder / f"{i}.png")
     return ("--checkpoint", "vit.pth", "--data", "data", "--batch-size", "8", "--steps", "20",
             "--lr", "0.03", "--device", "cpu", "--out", "run")
 
@@ -252,7 +253,8 @@ def test_a_run_exports_before_it_scores_and_prints(cli, vit, tmp_path, monkeypat
     monkeypatch.setattr(train_vit, "evaluate", lambda *_: next(scores))
     with pytest.raises(StopIteration):
         cli(train_vit, *vit, "--out", "run", "--merge")
-    assert {"adapter.pt", "adapter_peft", "merged.pt"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    there = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"adapter.pt", "adapter_peft", "merged.pt"} <= there
 
 
 @pytest.mark.parametrize("script", (train_vit, train_llama, train_llava))
