@@ -312,7 +312,7 @@ META = {"tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm"
         "wv": "v_proj", "wo": "o_proj", "feed_forward": "mlp", "w1": "gate_proj", "w2": "down_proj",
         "w3": "up_proj", "attention_norm": "input_layernorm",
         "ffn_norm": "post_attention_layernorm"}
-# Keys of params.json, config.json and its rotary settings that are read; those that matter not.
+# Keys of params.json, config.json and its rotary part that are read; IDLE: that change nothing.
 PARAMS = ("dim n_layers n_heads n_kv_heads head_dim vocab_size multiple_of ffn_dim_multiplier "
           "norm_eps rope_theta use_scaled_rope rope_scaling_factor").split()
 SETTINGS = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -427,15 +427,15 @@ def huggingface_config(path: Path, also=()) -> LlamaConfig:
         if c.get("model_type", "llama") not in types or kind not in ("default", "llama3"):
             raise ValueError(f"{c.get('model_type')} with rotary type {kind}: not supported")
         vit.only(c, dict.fromkeys((*SETTINGS, "model_type", *also)) | {"hidden_act": "silu"}, IDLE)
-        vit.only(rope, ("rope_type", "type", "rope_theta", *SCALING))
-        scaling = tuple(rope[key] for key in SCALING) if kind == "llama3" else ()
+        keys = SCALING if kind == "llama3" else []
+        vit.only(rope, ("rope_type", "type", "rope_theta", *keys))
         heads = c["num_attention_heads"]
         return LlamaConfig(
             c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], heads,
             c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads,
             c["intermediate_size"], c.get("rms_norm_eps", 1e-6),
             rope.get("rope_theta") or c.get("rope_theta") or 10000.0,
-            scaling, bool(c.get("tie_word_embeddings", False)))
+            tuple(rope[key] for key in keys), bool(c.get("tie_word_embeddings", False)))
 
 
 # --- Tokenizers
@@ -641,9 +641,9 @@ def read_data(path: str | Path, seed: int) -> tuple[list[Example], list[Example]
 def read_examples(path: Path) -> list[Example]:
     """Records of a .json, .jsonl or .ndjson file, or a .txt file in parts of some lines."""
     with reading(path):
-        text, examples = path.read_text(encoding="utf-8-sig"), []
         if path.suffix.lower() not in KINDS:
             raise ValueError(f"must be one of {KINDS}")
+        text, examples = path.read_text(encoding="utf-8-sig"), []
         if path.suffix.lower() == ".txt":
             size = max(100, min(4000, len(text) // 20))
             parts = re.findall(rf"(?s).{{1,{size}}}(?:\n|\Z)|.{{{size}}}", text)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import DATA, waves
+from helpers import DATA, assert_same, waves
 from structlora import Config, attach
 from train_llama import (Llama, LlamaConfig, generate, load_llama, load_tokenizer, read_checkpoint,
                          rotary_frequencies, rotate)
@@ -304,40 +304,26 @@ def test_truncated_and_missing_files_are_refused_by_name(layout, tmp_path):
     refused(folder, ".json" if layout != "parts" else "two of the files")
 
 
-def test_old_weights_beside_new_ones_are_not_read_into_them(tmp_path):
-    """Which files of Hugging Face's folders: test_vit.py."""
-    config, folder = SIZES["grouped"], write_huggingface(tmp_path / "a", SIZES["grouped"], 3)
-    torch.save({key: tensor * 2 for key, tensor in model_of(config).state_dict().items()},
-               folder / "pytorch_model.bin")
-    model = load_llama(folder, torch.float32)
-    assert torch.equal(model.lm_head.weight, 2 * model_of(config).lm_head.weight)
-    (folder / "pytorch_model.bin").unlink()
-    state = torch.load(folder / "pytorch_model-00001-of-00003.bin")
-    twice = torch.load(folder / "pytorch_model-00002-of-00003.bin") | state
-    torch.save(twice, folder / "pytorch_model-00002-of-00003.bin")
-    refused(folder, next(iter(state)), "two of the files")
-    write_meta(tmp_path / "meta", config, "rows")
-    torch.save(state, tmp_path / "meta" / "consolidated.02.pth")         # of 13B beside those of 7B
-    refused(tmp_path / "meta", "consolidated.02.pth", "too many")
-    (tmp_path / "meta" / "consolidated.02.pth").rename(tmp_path / "meta" / "pytorch_model.bin")
-    refused(tmp_path / "meta", "pytorch_model.bin", "consolidated.00.pth")
-
-
-def test_transformers_reads_the_same_of_several_generations(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config, folder = SIZES["grouped"], write_huggingface(tmp_path / "a", SIZES["grouped"], 3)
-    write_huggingface(folder, config, 2)
-    parts = {}
+def test_one_generation_of_weights_is_read_as_transformers_does(tmp_path):
+    """More of which files of Hugging Face's folders are read: test_vit.py."""
+    config, folder, placed = SIZES["grouped"], tmp_path / "a", {}
+    write_huggingface(folder, config, 3)                         # an old generation
+    new = {key: 2 * tensor for key, tensor in model_of(config).state_dict().items()}
     for number in (1, 2):
-        file = folder / f"pytorch_model-0000{number}-of-00002.bin"
-        state = {key: tensor * 3 for key, tensor in torch.load(file).items()}
-        parts |= dict.fromkeys(state, file.name)
-        torch.save(state, file)
-    (folder / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": parts}))
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).state_dict()
-    for key, tensor in load_llama(folder, torch.float32).state_dict().items():
-        assert torch.equal(tensor, theirs[key]), key
+        name = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {key: new[key] for key in list(new)[number % 2::2]}
+        torch.save(part, folder / name)
+        placed |= dict.fromkeys(part, name)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    assert_same(load_llama(folder, torch.float32).state_dict(), new)
+    write_meta(tmp_path / "b", config, "rows")
+    torch.save(part, tmp_path / "b" / "consolidated.02.pth")     # of 13B beside those of 7B
+    refused(tmp_path / "b", "consolidated.02.pth", "too many")
+    (tmp_path / "b" / "consolidated.02.pth").rename(tmp_path / "b" / "pytorch_model.bin")
+    refused(tmp_path / "b", "pytorch_model.bin", "consolidated.00.pth")
+    transformers = pytest.importorskip("transformers")
+    assert_same(transformers.LlamaForCausalLM.from_pretrained(folder).state_dict(), new)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
@@ -348,6 +334,7 @@ ROPE = {"rope_type": "default", "rope_theta": 500.0}
     ({"model_type": "mistral"}, "mistral"), ({"model_type": "llava"}, "llava"),
     ({"hidden_act": "gelu"}, "gelu"), ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_scaling": {"factor": 8.0}}, "factor"),
     ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"sliding_window": 4096}, "sliding_window"), ({"logit_scale": 0.5}, "logit_scale"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
