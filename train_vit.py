@@ -48,7 +48,8 @@ WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wi
 PICTURES = set(".jpg .jpeg .jfif .png .ppm .pgm .bmp .gif .webp .tif .tiff".split())
 TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
 TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
-# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
+# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned. lora4r: a
+# mean loss of 1.304 at 7e-3, 1.349 at 5e-3, 1.356 at 1e-2.
 LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
