@@ -191,7 +191,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, num
     again, or with --merge merged. num_examples: tokens that the rows predict. make_batch(rows,
     device): a tuple, last which tokens are answers [N, T]; losses_of(model, it): their nats."""
     torch.manual_seed(args.seed)
-    adapters = attach(model, config)
+    adapters = attach(model, config)                             # freezes all that was there
     nn.ModuleList(also).float().requires_grad_(True)
     model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
@@ -217,12 +217,12 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, num
             total += loss.detach() / world
         if world > 1:
             torch.distributed.all_reduce(total)
-        adapters.observe_gradients()
+        adapters.observe_gradients()                             # Eq. 6: they choose the edges
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        adapters.prune((step + 1) / args.steps)
+        adapters.prune((step + 1) / args.steps)                  # Eq. 8
         lines.append({"step": step + 1, "loss": total.item(),            # waits for the device
                       "lr": lr * vit.warmup_cosine(step, args.steps),
                       "ms": 1e3 * (time.perf_counter() - began)})
@@ -233,7 +233,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, num
     if args.merge and adapters.merge() and rank == 0:
         write(out / "merged.pt", model.sizes | {"model": model.state_dict()})
     row = vit.summary(name, evaluate(model.eval()), costs)
-    adapters.detach()
+    adapters.detach()                                            # nothing to do after merge()
     return row
 
 
@@ -291,7 +291,7 @@ def main() -> None:
                                                       args.max_length, eos=bool(e.prompt))]
     num_examples = sum(len(row.tokens) - row.start for row in rows)          # predicted tokens
     score = vit.autocast(args)(partial(evaluate, tokenizer=tokenizer, test=test, args=args))
-    vit.check_rows(len(rows))
+    vit.check_rows(len(rows))                                    # refused before what takes long
     for trial in runs:
         vit.check_config(model, trial.config)
     model = model if path else pretrained(args).to(dtype)
@@ -360,7 +360,7 @@ def read_checkpoint(directory: str | Path, also=()) -> tuple[LlamaConfig, dict[s
     path, parts = Path(directory), {}
     with reading(path):
         if path.is_file():
-            file = load_torch(path) if zipfile.is_zipfile(path) else ()
+            file = load_torch(path) if zipfile.is_zipfile(path) else ()  # GGUF is none
             if not {"llama", "model"} <= {*file}:
                 raise ValueError("not what --merge writes: of any other model give the folder")
             return LlamaConfig(**file["llama"]), {name: [t] for name, t in file["model"].items()}
@@ -369,7 +369,7 @@ def read_checkpoint(directory: str | Path, also=()) -> tuple[LlamaConfig, dict[s
             raise ValueError(f"holds {meta[0].name} and {theirs[0].name}: leave one of the two")
         for file in meta or vit.weight_files(path):
             for name, tensor in read_state(file).items():
-                parts.setdefault(name, []).append(tensor)
+                parts.setdefault(name, []).append(tensor)        # Meta's come in several files
         if meta:
             return read_meta(path / "params.json", {file.name for file in meta}, parts)
         if twice := [name for name, part in parts.items() if len(part) > 1]:
@@ -391,7 +391,7 @@ def read_meta(path: Path, files: set, parts: dict) -> tuple[LlamaConfig, dict[st
     Meta's code stretches by 8; its Hugging Face files of 3.2 say 32, which we follow if tied."""
     with reading(path):
         p, embeddings = vit.read_json(path), parts["tok_embeddings.weight"]
-        vit.only(p, PARAMS, IDLE)
+        vit.only(p, PARAMS, IDLE)                                # others mean another model
         embedding, output = embeddings[0], parts.get("output.weight", embeddings)[0]
         tied = output.shape == embedding.shape and torch.equal(output, embedding)
         rows = len(embedding) * (len(embeddings) if embedding.shape[1] == p["dim"] else 1)
@@ -427,7 +427,7 @@ def huggingface_config(path: Path, also=()) -> LlamaConfig:
         if c.get("model_type", "llama") not in types or kind not in ("default", "llama3"):
             raise ValueError(f"{c.get('model_type')} with rotary type {kind}: not supported")
         vit.only(c, dict.fromkeys((*SETTINGS, "model_type", *also)) | {"hidden_act": "silu"}, IDLE)
-        keys = SCALING if kind == "llama3" else []
+        keys = SCALING if kind == "llama3" else []               # a factor alone is not read
         vit.only(rope, ("rope_type", "type", "rope_theta", *keys))
         heads = c["num_attention_heads"]
         return LlamaConfig(
@@ -531,7 +531,7 @@ class SentencePiece(Bytes):
     chunks = re.compile("\u2581*[^\u2581]+|\u2581+").findall     # no token crosses into a space
 
     def __init__(self, data: bytes):
-        message = list(protobuf(data))
+        message = list(protobuf(data))                           # 1: a piece; 2, 3: settings
         pieces = [{2: bytes(4), 3: 1} | dict(protobuf(value))    # 1: text, 2: score, 3: kind
                   for field, value in message if field == 1]
         specs = {number: dict(protobuf(dict(message)[number])) for number in (2, 3)}
@@ -622,7 +622,7 @@ def read_data(path: str | Path, seed: int) -> tuple[list[Example], list[Example]
             tests = [n for n in ("test", "dev", "valid", "validation", "val") if n in files]
             if "train" not in files or not tests:
                 raise ValueError(f"needs train and test (or dev, valid, val) of {KINDS}")
-            print(f"{path}: trained on {files['train'].name}, tested on {files[tests[0]].name}")
+            print(f"{path}: {files['train'].name} to train on, {files[tests[0]].name} to test on")
             train, test = (read_examples(files[name]) for name in ("train", tests[0]))
         else:
             train = read_examples(path)
