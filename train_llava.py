@@ -8,19 +8,22 @@
 
 --checkpoint reads LLaVA-1.5 as its authors publish it (pytorch_model-*.bin, config.json), with
 CLIP's folder (pytorch_model.bin, config.json) as --vision-checkpoint, and what --merge writes.
---data reads LLaVA's instruction .json, COCO captions, VQAv2 questions and annotations: a file, or a
-folder with *val*.json (*test*, *dev*, *valid*) among them; --images is the folder of the pictures.
+--data reads LLaVA's conversations (.json, .jsonl), COCO captions, VQAv2's and OK-VQA's questions
+and annotations: a file, or a folder with *val* files (*test*, *dev*, *valid*) among them; --images
+is the folder of the pictures.
 
-Order of this file: model, checkpoints, data, metrics, answers, demo, main.
+Order of this file: model, fine-tuning, checkpoints, data, scores, demo.
 """
 
-import functools
+import copy
 import json
 import math
 import re
 from collections import Counter, namedtuple
 from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, Iterator
 
 import numpy as np
@@ -29,15 +32,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import structlora
 import train_llama as llama
 import train_vit as vit
-from structlora import attach, load_torch, reading
+from structlora import load_torch, reading
 
 IMAGE_TOKEN = -200                   # stands for the picture among token ids, as in LLaVA
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Tuned on the demo with seeds 100 to 105, not those reported; a checkpoint's is LLaVA's own.
-LEARNING_RATES = {"lora": 2e-2, "matched": 5e-3, "hybrid": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
+LEARNING_RATES = {"lora": 2e-2, "lora4r": 5e-3, "structlora": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
+OPTIONS = {                          # beside those of all scripts: default, or a type; help
+    "vision_checkpoint": (str, "CLIP's folder"),
+    "images": (str, "folder of the pictures (that of --data)"),
+    "tokenizer": (str, "its tokenizer.model (in the folder of --checkpoint)"),
+    "tune_vision": (False, "adapt the tower too"),
+    "tune_projector": (False, "train the projector too"),
+    "test_examples": (2000, "examples to test on, at most"),
+    "gradient_checkpointing": (False, "recompute blocks in the backward pass: less memory"),
+    "out": ("out/llava", "folder for all results")}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -84,6 +95,7 @@ class Llava(llama.Llama):
     def __init__(self, config: llama.LlamaConfig, vision: vit.ViTConfig):
         super().__init__(config)
         self.vision, self.model.vision_tower = vision, Tower(vision)
+        self.sizes["vision"] = asdict(vision)
         self.model.mm_projector = nn.Sequential(
             nn.Linear(vision.width, config.dim), nn.GELU(), nn.Linear(config.dim, config.dim))
 
@@ -114,9 +126,51 @@ class Llava(llama.Llama):
         x[row[pictured][:, None], span] = features.to(x.dtype)
         return x, ends
 
-    def sizes(self) -> dict[str, Any]:
-        """What --merge writes beside the weights."""
-        return super().sizes() | {"vision": asdict(self.vision)}
+
+# --- Fine-tuning: llama.fine_tune is the loop, with LLaVA's batches and losses
+
+def losses_of(model: nn.Module, batch: tuple) -> torch.Tensor:
+    """Cross entropy of each answer token of a batch of collate(), [M] in nats, row by row."""
+    images, *texts = batch
+    return llama.answer_losses(partial(model, images), texts)
+
+
+def main() -> None:
+    """Data, backbone, then one method, or all of the demo's, on the same examples."""
+    args = vit.options(__doc__, **OPTIONS)
+    if not args.tune_vision:         # where the language model's are called self_attn, its attn
+        args.targets = re.sub(r"(?<![\w.])([qkvo]_proj)\b", r"self_attn.\1", args.targets)
+    path, tokenizer, shots = args.checkpoint, Words(), args.shots
+    runs, dtype = vit.trials(args, LEARNING_RATES), getattr(torch, args.dtype)
+    if path:
+        train, test = read_data(args.data, args.images)
+        tokenizer = llama.load_tokenizer(args.tokenizer or Path(path, "tokenizer.model"))
+        model = load_llava(path, args.vision_checkpoint, dtype, args.device)
+        llama.check_vocabulary(model, tokenizer, path)
+        print("pictures are padded to a square of {image_size} x {image_size} and normalised with "
+              "mean {mean} and deviation {std}".format(**vars(model.vision)))
+    else:
+        model, shots = Llava(*SMALL), shots or (None if args.fraction else 200)
+        train, test = (draw_examples(n, 10 * args.seed + n, True) for n in (1000, 300))
+    train = [train[i] for i in vit.choose(torch.zeros(len(train)), shots, args.fraction, args.seed)]
+    rows = [row for row in (encode(tokenizer, e) for e in train) if True in row.answers]
+    test = test[::math.ceil(len(test) / args.test_examples)]
+    test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
+    num_examples = sum(sum(row.answers) for row in rows)                 # predicted tokens
+    vit.check_rows(len(rows))
+    for trial in runs:               # refused before a file is written
+        vit.check_config(model, trial.config)
+    model = model if path else pretrained(args).to(dtype)
+    name, digest = vit.adapters_beside(model, args), vit.fingerprint(rows, test)
+    score = vit.autocast(args)(partial(evaluate, tokenizer=tokenizer, test=test, args=args))
+    table = [vit.summary(name, score(model))]
+    for name, out, config, lr in runs:
+        fresh = model if path else copy.deepcopy(model)          # --merge and --tune change it
+        table.append(llama.fine_tune(
+            args, config, lr, fresh, rows, num_examples, score, name, out, digest,
+            partial(collate, vision=model.vision), losses_of,
+            [fresh.model.mm_projector] * args.tune_projector))
+    vit.print_table(table)
 
 
 # --- Checkpoints
@@ -126,10 +180,28 @@ CLIP = {"model.vision_tower.vision_tower.": "", "vision_model.": "", "encoder.la
         "embeddings.class_embedding": "cls_token", "embeddings.patch_embedding": "patch_embed",
         "embeddings.position_embedding.weight": "pos_embed", "pre_layrnorm": "norm_pre",     # sic
         "layer_norm": "norm", "self_attn.": "attn.", "out_proj": "o_proj", "mlp.": ""}
+# Its other tensors: the text's, and those behind the layer that LLaVA reads.
+NOT_READ = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
+            "post_layernorm.", "embeddings.position_ids")
 # What LLaVA-1.5's config.json says of the pictures' way; other values mean another model.
 SETTINGS = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch",
-            "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-            "image_aspect_ratio": "pad"}
+            "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+            "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
+# The rest of its own keys: of its training. (The tower is the one that --vision-checkpoint names.)
+PASSED = """mm_vision_tower mm_hidden_size mm_projector_lr mm_vision_tower_lr tune_mm_mlp_adapter
+    freeze_mm_mlp_adapter freeze_backbone unfreeze_mm_vision_tower pretrain_mm_mlp_adapter
+    tokenizer_padding_side tokenizer_model_max_length max_length""".split()
+# What CLIP's two .json leave out is as here; they hold these keys, with the values that are given.
+DEFAULTS = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
+            "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+TOWER = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
+         "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+         "do_normalize": True, "size": None, "crop_size": None} | dict.fromkeys(DEFAULTS)
+BESIDE = (*vit.IGNORED, *"""projection_dim dropout attention_dropout initializer_factor id2label
+    chunk_size_feed_forward tie_word_embeddings length_penalty repetition_penalty diversity_penalty
+    encoder_no_repeat_ngram_size no_repeat_ngram_size min_length max_length num_beams top_k top_p
+    num_beam_groups num_return_sequences typical_p temperature do_center_crop""".split())
 
 
 def load_llava(llava_directory: str | Path, vision_directory: str | Path | None = None,
@@ -138,7 +210,8 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
     in LLaVA's own files goes before CLIP's. Raises ValueError that names them and what is wrong."""
     path = Path(llava_directory)
     with reading(path if path.is_file() else f"{path} with {vision_directory}"):
-        config, parts = llama.read_checkpoint(path)
+        also = ("mm_vision_select_layer", *SETTINGS, *PASSED)
+        config, parts = llama.read_checkpoint(path, also)
         if path.is_file():
             vision = vit.ViTConfig(**load_torch(path)["vision"])
         elif vision_directory:
@@ -152,29 +225,46 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
         return llama.assemble(model, parts, dtype, device)
 
 
-def read_tower(path: Path, folder: Path, parts: dict[str, llama.Part]) -> vit.ViTConfig:
+def read_tower(path: Path, folder: Path, parts: dict[str, list]) -> vit.ViTConfig:
     """Sizes of CLIP's tower in `folder`, up to the hidden state that LLaVA's config.json at `path`
     names (0 enters the first block; negative: from the end); its weights are added to `parts`."""
-    c, v = (json.loads(file.read_text()) for file in (path, folder / "config.json"))
-    v = v.get("vision_config", v)
-    for key, value in SETTINGS.items():
-        if c.get(key, value) != value:
-            raise ValueError(f"{key} is {c[key]!r}, not {value!r}: this is no LLaVA-1.5")
+    c, v = vit.read_json(path), read_clip(folder)
+    vit.only(c, SETTINGS, tuple(c), f"this is no LLaVA-1.5: {path}:")
     layer, depth = c.get("mm_vision_select_layer", -2), v["num_hidden_layers"]
-    used, act = layer if layer >= 0 else depth + 1 + layer, v.get("hidden_act", "quick_gelu")
-    if act != "quick_gelu" or not 0 < used <= depth:
-        raise ValueError(f"hidden_act must be quick_gelu and is {act}; mm_vision_select_layer is "
-                         f"{layer} of {depth} layers")
-    inside = {key: parts.pop(key)[0] for key in list(parts) if "vision_tower." in key}
-    tensors = inside or llama.read_state(folder / "pytorch_model.bin")
-    t = vit.ours({key: tensor for key, tensor in tensors.items() if "vision_model." in key
-                  and not key.endswith("position_ids") and "post_layernorm" not in key}, CLIP)
+    used = layer if layer >= 0 else depth + 1 + layer
+    if not 0 < used <= depth:
+        raise ValueError(f"mm_vision_select_layer is {layer} of {depth} layers")
+    tensors = {key: parts.pop(key)[0] for key in list(parts) if "vision_tower." in key}
+    for file in [] if tensors else vit.weight_files(folder):
+        tensors |= llama.read_state(file)
+    t = vit.renamed({key: tensor for key, tensor in tensors.items()
+                     if not any(name in key for name in NOT_READ)}, CLIP)
     t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
     parts |= {f"model.vision_tower.{name}": [tensor] for name, tensor in t.items()
               if not name.startswith("blocks.") or int(name.split(".")[1]) < used}
     return vit.ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], used,
-                         v["num_attention_heads"], v["intermediate_size"],
-                         eps=v.get("layer_norm_eps", 1e-5), mean=CLIP_MEAN, std=CLIP_STD)
+                         v["num_attention_heads"], v["intermediate_size"], eps=v["layer_norm_eps"],
+                         mean=tuple(v["image_mean"]), std=tuple(v["image_std"]))
+
+
+def read_clip(folder: Path) -> dict[str, Any]:
+    """CLIP's config.json and preprocessor_config.json, if there is one, with what they leave out.
+    Raises ValueError for what the tower, or read_pixels() and vit.prepare(), do otherwise."""
+    found, processor = dict(DEFAULTS), folder / "preprocessor_config.json"
+    for path in [folder / "config.json"] + [processor] * processor.exists():
+        given = vit.read_json(path)
+        given = given.get("vision_config", given)                # a whole CLIP has a text part too
+        vit.only(given, TOWER, BESIDE, f"{path}:")
+        found |= {key: value for key, value in given.items() if value is not None}
+    size = found["image_size"]
+    with reading(processor):
+        for sides in (found.get("size", size), found.get("crop_size", size)):    # or a dict of them
+            if {*(sides.values() if isinstance(sides, dict) else [sides])} != {size}:
+                raise ValueError(f"size {sides}, and the tower's pictures have {size}")
+        numbers = torch.tensor([found["image_mean"], found["image_std"]])
+        if numbers.shape != (2, 3) or not numbers[1].all():
+            raise ValueError("image_mean and image_std must be three numbers each")
+    return found
 
 
 # --- Data
@@ -183,96 +273,157 @@ def read_tower(path: Path, folder: Path, parts: dict[str, llama.Part]) -> vit.Vi
 # picture opens the first question as "<image>\n". references: right answers to it. kind: "question"
 # (scored by VQA accuracy) or "caption" (by CIDEr).
 Example = namedtuple("Example", "image turns references kind")
-# Token ids, which of them are answers, len(tokens) less their number (for N), and the picture.
-Row = namedtuple("Row", "tokens answers start image")
+Row = namedtuple("Row", "tokens answers image")    # token ids, which of them are answers, as above
 MAX_LENGTH, NEW_TOKENS = 2048, 32    # tokens of a conversation (it loses its end), of an answer
 # Vicuna v1's template, and what LLaVA-1.5 asks for short answers and for captions.
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions. ")
 SHORT = "\nAnswer the question using a single word or phrase."
 CAPTION = "<image>\nProvide a one-sentence caption for the provided image."
+KINDS = (".json", ".jsonl", ".ndjson")
+TESTS = {"val", "test", "dev", "valid", "validation", "eval", "evaluation", "testing"}
+# What stands in questions for pictures, films and sounds that are not read.
+MEDIA = r"<\|?(?!image>)(?i:image|img|video|audio|speech|vision)\w*\|?>"
+# Keys of COCO's and VQA's files that are passed over.
+FILE = ("info", "license", "licenses", "categories", "type", "task_type", "data_type")
+NOTES = ("id", "image_id", "question_type", "answer_type", "confidence", "multiple_choice_answer")
 
 
 def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list, list]:
-    """(training, test) examples of a .json file or of those in a folder, where *val*, *test*, *dev*
+    """(training, test) examples of a file, or of those in a folder, where *val*, *test*, *dev*
     and *valid* are for testing; without these the conversations on every tenth picture are. Raises
     ValueError that names the file and the record, or the first missing picture."""
     path, files, tests = Path(path), [Path(path)], []
     if path.is_dir():                # by whole words: latest_train2014.json is no test
-        files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() == ".json")
+        files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in KINDS)
         words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
-        tests = [file for file in files if "train" not in words[file]
-                 and words[file] & {"val", "test", "dev", "valid", "validation"}]
-    train, test = read_examples([f for f in files if f not in tests]), read_examples(tests)
+        tests = [file for file in files if "train" not in words[file] and words[file] & TESTS]
+    if not files:
+        raise ValueError(f"{path}: has no files that end in {', '.join(KINDS)}")
+    files = [file for file in files if file not in tests]
+    train, test = read_examples(files), read_examples(tests)
+    found = find_pictures(train + test, Path(images or (path if path.is_dir() else path.parent)))
+    train, test = found[:len(train)], found[len(train):]
     if not tests:
-        held = set(sorted({e.image for e in train if e.image})[::10])
+        pictures = sorted({e.image for e in train if e.image})
+        if len(pictures) < 2:
+            raise ValueError(f"{path}: {len(train)} rows on {len(pictures)} picture(s): none can "
+                             "be held out; add a file for testing, *val*.json")
+        held = {*pictures[::10]}
         train, test = ([e for e in train if (e.image in held) == side] for side in (False, True))
     answered = any(answer for e in train for _, answer in e.turns)
     if not answered or not test or not all(e.references for e in test):
         raise ValueError(f"{path}: too few answers in {len(train)} training, {len(test)} test rows")
     test = list({(e.image, e.turns[0][0]): e for e in test}.values())    # one caption of a picture
-    found = find_pictures(train + test, Path(images or (path if path.is_dir() else path.parent)))
-    return found[:len(train)], found[len(train):]
+    names = [", ".join(file.name for file in part) for part in (files, tests)]
+    print(f"{len(train)} rows to train on, of {names[0]}, and {len(test)} to test on, of "
+          f"{names[1] or 'every tenth picture'}")
+    return train, test
 
 
 def read_examples(files: list[Path]) -> list[Example]:
-    """Examples of .json files, each told by its content; VQAv2's answers may be in any of them."""
+    """Examples of files, each told by its content; VQA's answers may be in any of them."""
     contents, answers, examples = [], {}, []
     for file in files:
         with reading(file):
-            content = json.loads(file.read_text("utf-8-sig"))
-            contents.append(content if isinstance(content, dict) else {"conversations": content})
-            for a in contents[-1].get("annotations", ()):
-                if "question_id" in a.keys():                    # keys(): refuses what is no record
-                    people = [string(person["answer"]) for person in a["answers"]]
-                    answers[a["question_id"]] = string(a["multiple_choice_answer"]), people
+            contents.append(read_content(file))
+            answers |= read_answers(contents[-1])
     for file, content in zip(files, contents):
         with reading(file):
             examples += parse(content, answers)
     return examples
 
 
+def read_content(file: Path) -> dict:
+    """COCO's or VQA's object, or {"conversations": records} of a list or of JSON Lines."""
+    content = file.read_text(encoding="utf-8-sig")
+    if file.suffix.lower() == ".json":
+        content = json.loads(content)
+    else:
+        content = [line for line in content.split("\n") if line.strip()]
+    if isinstance(content, list):
+        return {"conversations": content}
+    known = ("images", "annotations", "questions", "data_subtype")
+    if not isinstance(content, dict) or not content.keys() & set(known):
+        raise ValueError("expected a list of LLaVA's conversations, or an object of COCO's images "
+                         f"and annotations, VQA's questions or annotations; found {brief(content)}")
+    vit.only(content, known, FILE, "COCO's or VQA's object:")
+    return content
+
+
+def fields(record: Any, names: str, more: tuple = ()) -> list:
+    """The values of the keys `names` of a record, which may have `more` and no others."""
+    known = tuple(names.split())
+    if not isinstance(record, dict) or not record.keys() >= {*known}:
+        raise ValueError(f"expected a record of {' and '.join(known)}, found {brief(record)}")
+    vit.only(record, known, more, "")
+    return [record[name] for name in known]
+
+
 def string(value: Any) -> str:
     """The value, if it is text: anything else would be learned without a word."""
     if not isinstance(value, str):
-        raise ValueError(f"expected text, found {value!r}")
+        raise ValueError(f"expected text, found {brief(value)}")
     return value
 
 
+def read_answers(content: dict) -> dict:
+    """question_id -> (the answer, those of all people) of VQA's annotations. The answer is the most
+    frequent one; OK-VQA's files leave it to the reader."""
+    answers = {}
+    for a in content.get("annotations", ()):
+        if "question_id" in a.keys():                            # keys(): refuses what is no record
+            number, given = fields(a, "question_id answers", NOTES)
+            people = [string(person["answer"]) for person in given]
+            best = a.get("multiple_choice_answer") or max(people, key=people.count)
+            answers[number] = string(best), people
+    return answers
+
+
 def parse(content: dict, answers: dict) -> Iterator[Example]:
-    """LLaVA's conversations; VQAv2's questions that have an answer; COCO's captions, each with all
+    """LLaVA's conversations; VQA's questions that have an answer; COCO's captions, each with all
     those of its picture as references. What else COCO's files hold is passed over."""
     for number, record in enumerate(content.get("conversations", ()), 1):
         with reading(f"record {number}"):
-            yield parse_conversation(record)
+            yield parse_conversation(json.loads(record) if isinstance(record, str) else record)
     for question in content.get("questions", ()):
-        if question["question_id"] in answers:
-            name = f"COCO_{content['data_subtype']}_{question['image_id']:012d}.jpg"
-            answer, references = answers[question["question_id"]]
-            turn = (f"<image>\n{string(question['question'])}{SHORT}", answer)
+        number, picture, text = fields(question, "question_id image_id question")
+        if number in answers:
+            name = f"COCO_{content['data_subtype']}_{picture:012d}.jpg"
+            answer, references = answers[number]
+            turn = (f"<image>\n{string(text)}{SHORT}", answer)
             yield Example(name, [turn], references, "question")
     names = {picture["id"]: string(picture["file_name"]) for picture in content.get("images", ())}
     captions = {}
     for a in content.get("annotations", ()):
-        if "caption" in a:
-            captions.setdefault(names[a["image_id"]], []).append(string(a["caption"]).strip())
+        if not a.keys() & {"question_id", "bbox", "segments_info"}:      # answers, and COCO's boxes
+            picture, text = fields(a, "image_id caption", NOTES)
+            captions.setdefault(names[picture], []).append(string(text).strip())
     for name, texts in captions.items():
         yield from (Example(name, [(CAPTION, text)], texts, "caption") for text in texts)
 
 
-def parse_conversation(record: dict) -> Example:
+def parse_conversation(record: Any) -> Example:
     """{"image": file, "conversations": [{"from": "human" or "gpt", "value": text}]}; the picture
     goes before the text of the first question, as in LLaVA's own training."""
-    turns, image = record["conversations"], record.get("image")
-    texts = [string(turn["value"]) for turn in turns]
+    turns, = fields(record, "conversations", ("image", "width", "height", *llama.BOOKKEEPING))
+    turns, image = [fields(turn, "from value") for turn in turns], string(record.get("image") or "")
+    roles, texts = [role for role, _ in turns], [string(text) for _, text in turns]
     pictures = [text.count("<image>") for text in texts]
-    if ([turn["from"] for turn in turns] != ["human", "gpt"] * max(1, len(turns) // 2)
+    if (roles != ["human", "gpt"] * max(1, len(turns) // 2)
             or pictures[0] != bool(image) or any(pictures[1:])):
-        raise ValueError("expected human and gpt in turn, <image> once in the first if it has one")
+        raise ValueError("expected human and gpt in turn, <image> once in the first if it has one; "
+                         f"found {brief(roles)} and <image> {sum(pictures)} times")
+    for text in texts[::2]:          # without a picture it may be HTML, which has such tags too
+        media = re.search(MEDIA if image else rf"(?m)^{MEDIA}|{MEDIA}$", text)
+        if media and (image or "</" not in text):
+            raise ValueError(f"{media[0]}: of pictures, films and sounds only <image> is read")
+    if Path(image).suffix.lower() not in ("", *vit.PICTURES):
+        raise ValueError(f"{brief(image)} is no picture of a kind that is read")
     if image:
         texts[0] = f"<image>\n{texts[0].replace('<image>', '').strip()}".strip()
     short = len(texts[1].split()) <= 4
-    return Example(string(image) if image else None, list(zip(texts[::2], texts[1::2])),
+    return Example(image or None, list(zip(texts[::2], texts[1::2])),
                    [texts[1]] * (10 if short else 1), "question" if short else "caption")
 
 
@@ -281,21 +432,21 @@ def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
     folders, paths = [folder, *sorted(d for d in folder.glob("[!.]*") if d.is_dir())], {None: None}
     for name in sorted({e.image for e in examples if e.image is not None}):
         paths[name] = next((d / name for d in folders if (d / name).is_file()), None)
-    missing = [name for name, found in paths.items() if not found and name is not None]
+    missing = [name for name, path in paths.items() if not path and name is not None]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(paths) - 1} pictures are missing, the "
-                         f"first is {missing[0]}; --images names their folder")
+                         f"first is {missing[0][:99]}; --images names their folder")
     return [e._replace(image=paths[e.image]) for e in examples]
 
 
-@functools.lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
-def read_pixels(path: Path, size: int) -> torch.Tensor:
-    """uint8 [3, size, size] of the picture in a file: padded to a square with CLIP's mean colour,
-    then resized (bicubic)."""
+@lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
+def read_pixels(path: Path, size: int, mean: tuple) -> torch.Tensor:
+    """uint8 [3, size, size] of the picture in a file: padded to a square with the mean colour, then
+    resized (bicubic)."""
     x = vit.read_picture(path)
     (H, W, _), side = x.shape, max(x.shape[:2])
     top, left = (side - H) // 2, (side - W) // 2
-    square = np.full((side, side, 3), [int(255 * mean) for mean in CLIP_MEAN], np.uint8)
+    square = np.full((side, side, 3), [int(255 * value) for value in mean], np.uint8)
     square[top:top + H, left:left + W] = x
     square = torch.from_numpy(square).permute(2, 0, 1)[None]
     return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0]
@@ -318,7 +469,7 @@ def encode(tokenizer: Any, example: Example) -> Row:
         tokens += both
         answers += [place >= len(head) for place in range(len(both))]
     tokens, answers = tokens[:MAX_LENGTH], answers[:MAX_LENGTH]
-    return Row(tokens, answers, len(tokens) - sum(answers), example.image)
+    return Row(tokens, answers, example.image)
 
 
 def collate(rows: list[Row], device: str, vision: vit.ViTConfig) -> tuple:
@@ -326,13 +477,14 @@ def collate(rows: list[Row], device: str, vision: vit.ViTConfig) -> tuple:
     the right of short rows, and which of them are answers [N, T]."""
     tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True)
     answers = pad_sequence([torch.tensor(row.answers) for row in rows], batch_first=True)
-    pixels = [read_pixels(row.image, vision.image_size) if isinstance(row.image, Path)
-              else row.image for row in rows if row.image is not None]
+    pixels = [read_pixels(row.image, vision.image_size, vision.mean)
+              if isinstance(row.image, Path) else row.image for row in rows
+              if row.image is not None]
     images = vit.prepare(torch.stack(pixels).to(device), vision) if pixels else None
     return images, tokens.to(device), answers.to(device)
 
 
-# --- Metrics
+# --- Scores
 
 NUMBERS = {word: str(n) for n, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
@@ -411,14 +563,6 @@ def similarity(a: Counter, b: Counter, frequency: Counter, pictures: int) -> flo
 def plain(text: str) -> str:
     """Lower-case words without punctuation, nearly what COCO's tokenizer leaves."""
     return " ".join(re.findall(r"[\w'-]+", text.lower()))
-
-
-# --- Answers
-
-def losses_of(model: nn.Module, batch: tuple) -> torch.Tensor:
-    """Cross entropy of each answer token of a batch of collate(), [M] in nats, row by row."""
-    images, *texts = batch
-    return llama.answer_losses(functools.partial(model, images), texts)
 
 
 @torch.no_grad()
@@ -507,11 +651,8 @@ def draw_examples(count: int, seed: int, asked: bool) -> list[Example]:
     return examples
 
 
-def pretrained(args, steps: int = 600) -> Path:
-    """Path of a small LLaVA pretrained on such scenes; one of the same seed under --out is kept."""
-    path = Path(args.out, f"backbone-{args.seed}-{steps}.pt")
-    if path.exists():
-        return path
+def pretrained(args, steps: int = 600) -> Llava:
+    """A small LLaVA pretrained on such scenes, always the same for a seed."""
     torch.manual_seed(args.seed)
     model = Llava(*SMALL).to(args.device)
     for name, weight in model.named_parameters():        # narrow ones learn little from the default
@@ -526,51 +667,7 @@ def pretrained(args, steps: int = 600) -> Path:
         return losses_of(model, collate(batch, args.device, model.vision)).mean()
 
     vit.pretrain(model, loss, steps, lr=2e-3)
-    if vit.processes()[0] == 0:
-        structlora.write(path, model.sizes() | {"model": model.state_dict()})
-    return path
-
-
-# --- Main
-
-def main() -> None:
-    """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = vit.options(
-        __doc__, rank=2, steps=200, batch_size=16, out="out/llava", vision_checkpoint=str,
-        tokenizer=str, images=str, test_examples=2000, tune_projector=False, tune_vision=False,
-        gradient_checkpointing=False)
-    if not args.tune_vision:         # where the language model's are called self_attn, its attn
-        args.targets = re.sub(r"(?<![\w.])([qkvo]_proj)\b", r"self_attn.\1", args.targets)
-    out, path, tokenizer, shots = Path(args.out), args.checkpoint, Words(), args.shots
-    load = functools.partial(load_llava, vision_directory=args.vision_checkpoint,
-                             dtype=getattr(torch, args.dtype), device=args.device)
-    if path:
-        train, test = read_data(args.data, args.images)
-        tokenizer = llama.load_tokenizer(args.tokenizer or Path(path, "tokenizer.model"))
-        model = load(path)
-        llama.check_vocabulary(model, tokenizer, path)
-    else:
-        model, shots = Llava(*SMALL), shots or (None if args.fraction else 200)
-        train, test = (draw_examples(n, 10 * args.seed + n, True) for n in (1000, 300))
-    rows = [encode(tokenizer, train[i]) for i in
-            vit.choose(torch.zeros(len(train)), shots, args.fraction, args.seed)]
-    rows = [row for row in rows if True in row.answers]
-    test = test[::math.ceil(len(test) / args.test_examples)]
-    test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
-    score = functools.partial(evaluate, tokenizer=tokenizer, test=test, args=args)
-
-    def run(model: Llava, method: str, name: str, which: str, **changes) -> dict[str, str]:
-        config, lr = vit.make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
-        return llama.fine_tune(args, config, lr, model, rows, score, name,
-                               out if args.checkpoint else out / which,
-                               functools.partial(collate, vision=model.vision), losses_of,
-                               [model.model.mm_projector] * args.tune_projector)
-
-    attach(model, vit.make_config(args, args.method)).detach()       # refused before a file is written
-    if not path:
-        path = pretrained(args)
-        model = load(path)
-    vit.compare(args, model, functools.partial(load, path), run, score)
+    return model
 
 
 if __name__ == "__main__":

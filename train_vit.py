@@ -4,26 +4,31 @@
     python train_vit.py --checkpoint ViT-B_16.npz --data cifar-100-binary --rank 4      one GPU
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
---checkpoint reads Google's .npz, timm's and DeiT's .pth, a Hugging Face folder (config.json and
-pytorch_model.bin), and what --merge writes. --data reads a CIFAR-10 or CIFAR-100 binary folder,
-an .npz of x [N, H, W, 3] uint8 and y [N] (x_test and y_test if there are any), or a folder of one
-folder of images per class (train/ and test/, val/ or valid/ above them if there is a split).
+--checkpoint: Google's .npz; a .pth of timm, DeiT, DINO or torchvision; a folder of Hugging Face or
+timm (config.json, pytorch_model.bin); what --merge writes. --data: a CIFAR-10 or CIFAR-100 binary
+folder; an .npz of x [N, H, W, 3] uint8 and y [N], perhaps x_test and y_test; or a folder of one
+folder of pictures per class, perhaps under train/ and test/ (or val/ ...).
 
-Order of this file: model, checkpoints, data, demo, training, main.
+Order of this file: model, loop and main, checkpoints, data, demo, what the three scripts share.
 """
 
 import argparse
+import copy
 import dataclasses
-import functools
+import glob
+import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -36,11 +41,16 @@ from tqdm import tqdm
 import structlora
 from structlora import Config, StructLoRA, attach, load_torch, reading, write
 
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's and timm's ViTs
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}         # DeiT
-# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
-LEARNING_RATES = {"lora": 1e-2, "matched": 7e-3, "hybrid": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}         # Google's ViTs, and most of timm's
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}     # DeiT, torchvision
+NORMALISE = {"half": HALF, "imagenet": IMAGENET}
+WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wider than 64
+PICTURES = set(".jpg .jpeg .jfif .png .ppm .pgm .bmp .gif .webp .tif .tiff".split())
+TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
+TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
+# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned. lora4r: a
+# mean loss of 1.304 at 7e-3, 1.349 at 5e-3, 1.356 at 1e-2.
+LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
 # --- Model
@@ -58,6 +68,7 @@ class ViTConfig:
     eps: float = 1e-6                # of the layer norms
     mean: tuple = HALF["mean"]       # what the images are normalised with
     std: tuple = HALF["std"]
+    names: tuple = ()                # of the classes, where they are known
 
 
 class Attention(nn.Module):
@@ -115,9 +126,114 @@ class ViT(nn.Module):
         return self.head(self.norm(x[:, 0]))                                     # [N, C]
 
 
-# --- Checkpoints: for each format, what their names become in ours, in this order
+# --- Fine-tuning
+
+def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
+              out: Path) -> dict[str, str]:
+    """One run: attach, train, export, score -> its row of the table. Writes under `out`. `model` is
+    the frozen one again in the end, or with --merge the merged one."""
+    torch.manual_seed(args.seed)
+    adapters = attach(model, config)
+    if not model.head.weight.any():                              # a new head is trained too
+        model.head.float().requires_grad_(True)
+    optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
+    digest = fingerprint(*train, *test)
+    lines = resume_run(out, adapters, optimizer, args, digest)   # of metrics.jsonl
+    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
+    (rank, world), parallel = processes(), model
+    if world > 1:                                                # torchrun; the probes end
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
+                                                       broadcast_buffers=False)
+    images, labels = (tensor.to(args.device) for tensor in train)
+    model.train()
+    for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
+        began, total = time.perf_counter(), 0.0
+        torch.manual_seed((args.seed * args.steps + step) * world + rank)    # --resume needs it
+        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
+            batch = batch_indices(len(labels), args.batch_size * world, number, args.seed)
+            batch = batch[rank::world].to(args.device)
+            x = prepare(images[batch], model.config, augment=True)
+            with autocast(args):
+                loss = F.cross_entropy(parallel(x).float(), labels[batch])
+            ((loss + adapters.penalty(len(labels))) / args.accumulate).backward()        # Eq. 4
+            total += loss.item() / args.accumulate
+        adapters.observe_gradients()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        adapters.prune((step + 1) / args.steps)
+        lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
+                      "ms": 1e3 * (time.perf_counter() - began)})
+        save_run(out, adapters, optimizer, lines, args, digest)
+    told = costs(adapters, lines)
+    if rank == 0:                                                # before anything else can fail
+        adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
+    merged = adapters.merge() if args.merge else None
+    if merged and rank == 0:
+        save_vit(merged, out / "merged.pt")
+    row = summary(name, evaluate(model, test, args), told)
+    adapters.detach()
+    return row
+
+
+@torch.no_grad()
+def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
+    """Accuracy and cross entropy on the whole test set."""
+    logits = []
+    for images in test[0].split(256):
+        with autocast(args):
+            logits.append(model.eval()(prepare(images.to(args.device), model.config)).float().cpu())
+    logits, labels = torch.cat(logits), test[1]
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
+    return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
+
+
+def main() -> None:
+    """Data, backbone, then one method, or all of the demo's, on the same examples."""
+    args = options(__doc__, steps=(300, "optimizer steps"), batch_size=(32, "images in a step"),
+                   out=("out/vit", "folder for all results"),
+                   image_size=(int, "of the model, its positions resized (the checkpoint's)"),
+                   num_heads=(int, "attention heads of a .pth (64 wide)"),
+                   normalise=(str, "pictures by half or imagenet (as the checkpoint says)"))
+    path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
+    args.classes = None                                          # their names, also in adapter.pt
+    if path:
+        train, test, args.classes = read_images(args.data)
+        print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"
+              f"{', ...' * (len(args.classes) > 5)}")
+        model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
+    else:
+        train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
+        model, shots = small_vit(), shots or (None if args.fraction else 50)
+    train = take(train, choose(train[1], shots, args.fraction, args.seed))
+    check_rows(len(train[1]))
+    for trial in runs:
+        check_config(model, trial.config)
+    if isinstance(train[0], np.ndarray):                         # files
+        size = model.config.image_size
+        train, test = ((torch.stack([square(file, size) for file in files]), labels)
+                       for files, labels in (train, test))
+    model = model if path else load_vit(pretrained(args))
+    model.to(args.device, getattr(torch, args.dtype))
+    name = adapters_beside(model, args)
+    if args.eval_only and not model.head.weight.any():
+        raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
+    table = [summary(name, evaluate(model, test, args))]
+    for name, out, config, lr in runs:
+        own = copy.deepcopy(model) if args.merge and not path else model         # will be merged
+        table.append(fine_tune(args, config, lr, own, train, test, name, out))
+    print_table(table)
+
+
+# --- Checkpoint readers: for each layout, what its names become in ours, in this order
 
 TIMM = {"patch_embed.proj.": "patch_embed.", ".attn.proj.": ".attn.o_proj.", ".mlp.fc": ".fc"}
+TORCHVISION = {
+    "conv_proj": "patch_embed", "class_token": "cls_token", "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.", "encoder.ln": "norm", "ln_": "norm",
+    "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.o_proj",
+    "mlp.linear_": "fc", "mlp.0": "fc1", "mlp.3": "fc2", "heads.": ""}
 HUGGINGFACE = {
     "vit.": "", "encoder.layer.": "blocks.", "layernorm_before": "norm1",
     "layernorm_after": "norm2", "attention.attention.query": "attn.q_proj",
@@ -125,7 +241,8 @@ HUGGINGFACE = {
     "attention.output.dense": "attn.o_proj", "intermediate.dense": "fc1", "output.dense": "fc2",
     "layernorm.": "norm.", "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head."}
+    "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head.",
+    "layers.": "blocks.", ".attention.": ".attn.", "mlp.": ""}   # transformers 5, in memory
 GOOGLE = {
     "opt/target/": "", "cls": "cls_token", "Transformer/encoder_norm": "norm", "kernel": "weight",
     "scale": "weight", "Transformer/encoderblock_": "blocks.",
@@ -135,47 +252,114 @@ GOOGLE = {
     "MultiHeadDotProductAttention_1/value": "attn.v_proj", "MlpBlock_3/Dense_0": "fc1",
     "MultiHeadDotProductAttention_1/out": "attn.o_proj", "MlpBlock_3/Dense_1": "fc2",
     "/": "."}
+SETTINGS = {"model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
+            "problem_type": "single_label_classification", "global_pool": "token"} | dict.fromkeys(
+    """num_attention_heads layer_norm_eps id2label hidden_size num_hidden_layers intermediate_size
+    image_size patch_size architecture pretrained_cfg num_classes label_names""".split())
+PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255} | dict.fromkeys("""do_normalize
+    image_mean image_std do_resize size do_center_crop crop_size""".split())
+IGNORED = tuple("""architectures transformers_version dtype torch_dtype label2id _name_or_path
+    attention_probs_dropout_prob hidden_dropout_prob initializer_range encoder_stride pooler_act
+    pooler_output_size return_dict resample image_processor_type feature_extractor_type
+    processor_class do_convert_rgb _valid_processor_keys num_features label_descriptions""".split())
+READ = ("; read are Google's .npz, a .pth of timm, DeiT, DINO's backbone, torchvision or save_vit "
+        "(at its top or under model or state_dict), a folder of Hugging Face or timm")
 
 
 def load_vit(path: str | Path, num_classes: int | None = None, image_size: int | None = None,
-             num_heads: int | None = None) -> ViT:
-    """Reads a ViT checkpoint in fp32: Google's .npz, a .pth of timm or DeiT, a folder of Hugging
-    Face, or what save_vit wrote.
+             num_heads: int | None = None, names: list[str] | None = None,
+             normalise: str | None = None) -> ViT:
+    """Reads a ViT checkpoint in fp32; READ says of which layouts. Prints what cannot be guessed.
 
-    num_classes other than the file's: a new head of zeros, which is said. image_size other than
-    the file's: position embeddings resized (bicubic). num_heads: for .pth files, which do not say
-    (64 wide heads, or 80 wide if the sizes are ViT-H's). Raises ValueError that names the file and
-    the key."""
+    num_classes other than the file's: a new head of zeros. names: those of the classes, see
+    fit_head. image_size other than the file's: position embeddings resized (bicubic). num_heads:
+    for .pth files, which do not say (64 wide heads, or 16 if the width is one of WIDE). normalise:
+    "half" or "imagenet", whatever the file says. Raises ValueError that names file and key."""
     path = Path(path)
     with reading(path):
-        read = read_google if path.suffix == ".npz" else read_timm
-        t, known = read_huggingface(path) if path.is_dir() else read(path)
-        structlora.check_finite(t)
-        width, _, patch, _ = t["patch_embed.weight"].shape
-        depth = len([key for key in t if key.endswith("norm1.weight")])
-        heads = known.pop("heads", 16 if (width, depth) == (1280, 32) else width // 64)
-        heads = num_heads or heads
-        if num_classes not in (None, len(t.get("head.weight", ()))):
-            print(f"{path}: a new head for {num_classes} classes")
-            t = {key: value for key, value in t.items() if not key.startswith("pre_logits")}
-            t["head.weight"] = torch.zeros(num_classes, width)
-            t["head.bias"] = torch.zeros(num_classes)
-        grid = math.isqrt(t["pos_embed"].shape[1] - 1)
-        if image_size not in (None, grid * patch):
-            token, old = t["pos_embed"][:, :1], t["pos_embed"][:, 1:].mT.unflatten(2, (grid, grid))
-            grid, rest = divmod(image_size, patch)
-            if rest:
-                raise ValueError(f"image size {image_size} is no multiple of the patch, {patch}")
-            new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
-            t["pos_embed"] = torch.cat([token, new.flatten(2).mT], 1)
+        if normalise not in (None, *NORMALISE):
+            raise ValueError(f"--normalise {normalise}: must be one of {', '.join(NORMALISE)}")
+        read = read_folder if path.is_dir() else read_google if path.suffix == ".npz" else read_pth
+        t, known = read(path)                        # tensors, and what the file says of ViTConfig
+        check_tensors(t)
+        (width, _, patch, _), tokens = t["patch_embed.weight"].shape, t["pos_embed"].shape[1]
+        depth, size = sum("norm1.weight" in name for name in t), math.isqrt(tokens - 1) * patch
+        heads = known.pop("heads", None) or (16 if width in WIDE else width // 64) or 1
+        if wrong := set(known.pop("sizes", ())) - {None, size, image_size}:
+            raise ValueError(f"pictures of size {min(wrong)} for a model of {size} x {size}")
+        if image_size not in (None, size):
+            t["pos_embed"], size = resized(t["pos_embed"], image_size, patch), image_size
+        guess = {} if normalise else known.get("guess", {})
+        known |= NORMALISE.get(normalise, known.pop("guess", {}))
+        known["names"] = fit_head(t, known.get("names", ()), names, num_classes, path)
         with torch.device("meta"):
-            model = ViT(ViTConfig(grid * patch, patch, width, depth, heads or 1,
+            model = ViT(ViTConfig(size, patch, width, depth, num_heads or heads,
                                   len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
         model.load_state_dict(t, assign=True)
+        c = model.config
+        if not len(c.mean) == len(c.std) == 3 or not min(c.std) > 0:
+            raise ValueError(f"mean {c.mean} and deviation {c.std} are not of three colours")
+    print(f"{path}: {depth} blocks, {c.heads} heads, {size} x {size}, normalised with mean "
+          f"{c.mean} and deviation {c.std}{' (a guess: --normalise)' * bool(guess)}")
     return model
 
 
-def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+def check_tensors(t: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError for a tensor that has no place in a ViT (pre_logits may go with the head),
+    if one of the first block or around the blocks is lacking, and for NaN."""
+    with torch.device("meta"):
+        mine = ViT(ViTConfig(1, 1, 1, 1, 1, 1, 1)).state_dict()
+    for name in t:       # a distilled token, registers, layer scale, a mean over tokens, a prefix
+        if re.sub(r"(?<=^blocks\.)\d+", "0", name) not in mine and "pre_logits" not in name:
+            raise ValueError(f"{name} is no part of a plain ViT with a class token{READ}")
+    for name in mine:
+        if "head" not in name and name not in t:
+            raise ValueError(f"{name} is missing{READ}")
+    structlora.check_finite(t)
+
+
+def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, count: int | None,
+             path: Path) -> tuple:
+    """Gives `t` a head for the classes `names`, or for `count` of them, says how, and returns their
+    names. The rows follow the file's own names `had`. If either side only numbers its classes, a
+    head of as many is kept. Classes that the file does not have get a new one of zeros."""
+    rows = len(t.get("head.weight", ()))
+    numbers = [str(n) for n in range(rows)]
+    if list(had) in (numbers, [f"LABEL_{n}" for n in numbers]) or not rows:
+        had = ()
+    if names is None and count in (None, rows):
+        return had
+    named, numbered = set(names or ()) <= set(had), set(names or ()) == set(numbers)
+    if names and named and len(set(had)) == rows:
+        order = [had.index(name) for name in names]
+        how = "the rows of its head follow the names of the classes"
+    elif names and len(names) == rows and (numbered or not had):     # folders 0, 1, 10, 2 ...
+        order = [int(name) for name in names] if numbered else [*range(rows)]
+        who = "the data only number their" if had else "the file does not name its"
+        how = f"its head is kept as it is, since {who} classes"
+    else:
+        order, count = [], len(names) if names else count
+        how = f"a new head for {count} classes" + f", not for {', '.join(had[:5])}" * bool(had)
+        for key in [key for key in t if key.startswith("pre_logits")]:
+            del t[key]
+    for key, shape in (("head.weight", (count, len(t["norm.bias"]))), ("head.bias", (count,))):
+        t[key] = t[key][order] if order else torch.zeros(shape)
+    print(f"{path}: {how}")
+    return tuple(names or ())
+
+
+def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
+    """Position embeddings [1, 1 + grid^2, D], the class token's first, for size x size pixels."""
+    grid, rest = divmod(size, patch)
+    if rest:
+        raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
+    old = positions[:, 1:].mT                                            # [1, D, old grid^2]
+    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))
+    new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], new.flatten(2).mT], 1)
+
+
+def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
     """fp32 tensors by our names, a fused qkv in three."""
     result = {}
     for key, tensor in tensors.items():
@@ -190,35 +374,73 @@ def ours(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, t
     return result
 
 
-def read_timm(path: Path) -> tuple[dict, dict]:
-    """A timm or DeiT .pth (fused qkv), also under "model" or "state_dict", or one of save_vit. They
-    do not name their normalisation: ImageNet's where the tensors stand under "model" as in DeiT's
-    own files, else 0.5."""
-    file = load_torch(path)
-    known = file.get("vit", IMAGENET if "model" in file else HALF)
-    return ours(file.get("model", file.get("state_dict", file)), TIMM), known
+def read_pth(path: Path) -> tuple[dict, dict]:
+    """Tensors by the names of timm (DeiT's and DINO's too) or torchvision, or what save_vit wrote.
+    Only that says how pictures are normalised. Guessed: as ImageNet under "model", like DeiT's own
+    files, and without a head, like DINO's; by half otherwise, like most of timm's."""
+    try:
+        file = load_torch(path)
+    except pickle.UnpicklingError as error:
+        if "argparse.Namespace" not in str(error):
+            raise
+        raise ValueError("holds the options of its training (a Namespace) too. If you trust it, "
+                         f"save its tensors anew: torch.save({{'model': torch.load('{path.name}', "
+                         "weights_only=False)['model']}, 'tensors.pth')") from None
+    file = file if isinstance(file, dict) else {}
+    tensors = file.get("model", file.get("state_dict", file))
+    if not tensors or not isinstance(tensors, dict) or not all(
+            map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"holds {', '.join(map(str, file))[:99]}{READ}")
+    if "vit" in file:
+        return renamed(tensors, {}), file["vit"]
+    if any("conv_proj." in name for name in tensors):
+        return renamed(tensors, TORCHVISION), {**IMAGENET}
+    tensors = renamed(tensors, TIMM)
+    return tensors, {"guess": IMAGENET if "model" in file or "head.weight" not in tensors else HALF}
 
 
-def read_huggingface(folder: Path) -> tuple[dict, dict]:
-    """A folder with config.json and pytorch_model.bin of ViTForImageClassification or ViTModel."""
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type", "vit") != "vit" or config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"config.json: no plain ViT, but {config.get('model_type')} with "
-                         f"{config.get('hidden_act')}")
-    processor, image = folder / "preprocessor_config.json", {}
-    if processor.exists():
-        image = json.loads(processor.read_text())
-    tensors = ours(load_torch(folder / "pytorch_model.bin"), HUGGINGFACE)
-    return {key: tensor for key, tensor in tensors.items() if not key.startswith("pooler.")}, {
-        "heads": config.get("num_attention_heads", 12), "eps": config.get("layer_norm_eps", 1e-12),
-        "mean": tuple(image.get("image_mean", HALF["mean"])),
-        "std": tuple(image.get("image_std", HALF["std"]))}
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    """config.json and pytorch_model.bin: timm's hub, or ViTForImageClassification or ViTModel of
+    Hugging Face, whose preprocessor_config.json says how pictures are normalised."""
+    tensors, image, processor = {}, {}, folder / "preprocessor_config.json"
+    for file in weight_files(folder):
+        with reading(file):
+            tensors |= load_torch(file)
+    config = read_json(folder / "config.json")
+    only(config, SETTINGS, IGNORED, "config.json")
+    if "architecture" in config:                                 # timm's
+        if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(\..*)?", config["architecture"]):
+            raise ValueError(f"config.json: {config['architecture']} is no plain ViT")
+        timm, names = config.get("pretrained_cfg") or {}, config.get("label_names") or ()
+        image = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
+        known, sizes = {}, timm.get("input_size", ())[-1:]
+        tensors = renamed(tensors, TIMM)
+    else:
+        if processor.exists():
+            image = read_json(processor)
+            only(image, PROCESSOR, IGNORED, processor.name)
+        known = {"heads": config.get("num_attention_heads", 12),
+                 "eps": config.get("layer_norm_eps", 1e-12)}
+        sizes, labels = [config.get("image_size")], config.get("id2label") or {}
+        for size in image.get("size"), image.get("crop_size"):
+            sizes += size.values() if isinstance(size, dict) else [size]
+        names = [labels.get(str(n)) for n in range(len(labels))]
+        tensors = {name: tensor for name, tensor in renamed(tensors, HUGGINGFACE).items()
+                   if not name.startswith("pooler.")}
+    if None in names or names and len(names) != len(tensors.get("head.weight", names)):
+        raise ValueError(f"config.json names {len(names)} classes, not those of the head")
+    mean, std = image.get("image_mean"), image.get("image_std")
+    known |= {"mean": tuple(mean), "std": tuple(std)} if mean and std else {"guess": HALF}
+    if image.get("do_normalize") is False:
+        known |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "guess": {}}
+    return tensors, known | {"names": tuple(names), "sizes": sizes}
 
 
 def read_google(path: Path) -> tuple[dict, dict]:
     """Google's Flax .npz: kernels are [in, out], attention kernels keep the heads apart."""
     with np.load(path, allow_pickle=False) as file:
-        tensors = ours({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
+        tensors = renamed({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
+    check_tensors(tensors)
     heads = tensors["blocks.0.attn.q_proj.weight"].shape[1]
     for key, tensor in tensors.items():
         if key == "patch_embed.weight":
@@ -230,12 +452,12 @@ def read_google(path: Path) -> tuple[dict, dict]:
         elif key.endswith("_proj.bias"):
             tensor = tensor.flatten()                            # [H, D/H] -> [D]
         tensors[key] = tensor.contiguous()
-    return tensors, {"heads": heads}
+    return tensors, {"heads": heads}                             # pictures by half
 
 
 def save_vit(model: ViT, path: str | Path) -> None:
     """Writes `model` by our names, with what timm's files leave out under "vit"."""
-    known = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std")}
+    known = {key: asdict(model.config)[key] for key in ("heads", "eps", "mean", "std", "names")}
     write(path, {"model": model.state_dict(), "vit": known})
 
 
@@ -243,17 +465,24 @@ def save_vit(model: ViT, path: str | Path) -> None:
 
 def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
     """(training data, test data, names of the classes) of a CIFAR folder, an .npz or a folder of
-    class folders. Without a test part every fifth example of each class is held out."""
+    class folders. Without a test part every fifth example of each class is held out, from its
+    second on."""
     path = Path(path)
     with reading(path):
         cifar = list(path.glob("data_batch_*.bin")) + list(path.glob("train.bin"))
         read = read_arrays if path.is_file() else read_cifar if cifar else read_folders
         (train, *test), names = read(path)
         if not test:
-            order, place = torch.argsort(train[1], stable=True), torch.arange(len(train[1]))
-            train, *test = take(train, order[place % 5 != 4]), take(train, order[place % 5 == 4])
-        if not len(test[0][1]):
+            order = torch.argsort(train[1], stable=True)
+            place = torch.cat([torch.arange(n) for n in train[1].bincount()])
+            train, *test = take(train, order[place % 5 != 1]), take(train, order[place % 5 == 1])
+        there, asked = set(train[1].tolist()), set(test[0][1].tolist())
+        if len(there) < 2:
+            raise ValueError(f"only one class, {names[0]}: expected is a folder for each")
+        if not asked:
             raise ValueError(f"{len(train[1])} images, and none of them to test")
+        if asked - there:
+            raise ValueError(f"class {names[min(asked - there)]} is only in the test part")
     return train, test[0], names
 
 
@@ -263,27 +492,47 @@ def take(data: tuple, indices: torch.Tensor) -> tuple:
 
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
-    """CIFAR-10 (data_batch_*.bin, test_batch.bin) or CIFAR-100 (train.bin, test.bin) binaries: rows
-    of 1 or 2 label bytes (the last one counts) and 3,072 bytes, channel first."""
-    parts, first, classes, data = ("data_batch_*.bin", "test_batch.bin"), 1, 10, []
-    if (folder / "train.bin").exists():
-        parts, first, classes = ("train.bin", "test.bin"), 2, 100
+    """CIFAR-10 (data_batch_1.bin ..., test_batch.bin) or CIFAR-100 (train.bin, test.bin), with the
+    classes' names if batches.meta.txt or fine_label_names.txt is there."""
+    parts, first, classes = [["train.bin"], ["test.bin"]], 2, 100
+    if not (folder / "train.bin").exists():
+        count = len([*folder.glob("data_batch_*.bin")])
+        parts = [[f"data_batch_{n + 1}.bin" for n in range(count)], ["test_batch.bin"]]
+        first, classes = 1, 10
+    data, meta = [], folder / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")
     for part in parts:
-        rows = b"".join(file.read_bytes() for file in sorted(folder.glob(part)))
+        batches = [read_batch(folder / name, first, classes) for name in part]
+        data.append(tuple(torch.cat(tensors) for tensors in zip(*batches)))
+    names = [str(n) for n in range(classes)]
+    if meta.exists():
+        names = meta.read_text(encoding="utf-8").split()
+    if len(names) != classes:
+        raise ValueError(f"{meta.name} names {len(names)} classes, not {classes}")
+    return data, names
+
+
+def read_batch(path: Path, first: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One CIFAR file: rows of `first` label bytes (the last one counts) and 3,072 of pixels."""
+    with reading(path):
+        rows = path.read_bytes()
         if not rows or len(rows) % (first + 3072):
-            raise ValueError(f"{part}: missing, cut short, or not rows of {first + 3072} bytes")
+            raise ValueError(f"empty, cut short, or not rows of {first + 3072} bytes")
         rows = torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(-1, first + 3072)
-        data.append((rows[:, first:].reshape(-1, 3, 32, 32), rows[:, first - 1].long()))
-        if data[-1][1].max() >= classes:
-            raise ValueError(f"{part}: label {data[-1][1].max()} of {classes} classes")
-    return data, [str(n) for n in range(classes)]
+        labels = rows[:, first - 1].long()
+        if labels.max() >= classes:
+            raise ValueError(f"label {labels.max()} of {classes} classes")
+    return rows[:, first:].reshape(-1, 3, 32, 32), labels
 
 
 def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
     """An .npz of x [N, H, W, 3] uint8 and y [N] whole numbers, x_test and y_test if there."""
-    data = []
+    if path.suffix != ".npz":
+        raise ValueError("a file, but no .npz: give the folder of CIFAR binaries, or of one folder "
+                         "of pictures per class")
+    data, names = [], ("x", "y", "x_test", "y_test")
     with np.load(path, allow_pickle=False) as file:
-        for end in ("", "_test") if "x_test" in file.files else ("",):
+        only(dict.fromkeys(file.files, True), names, what="the .npz")
+        for end in ("", "_test") if {*names[2:]} & {*file.files} else ("",):
             x, y = torch.from_numpy(file[f"x{end}"]), torch.from_numpy(file[f"y{end}"])
             if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[3] != 3 or not x.numel():
                 raise ValueError(f"x{end} is {x.dtype} {list(x.shape)}, not uint8 [N, H, W, 3]")
@@ -294,19 +543,34 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
 
 
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
-    """CLASS/*.jpg, or train/CLASS/*.jpg and test/, val/ or valid/ of the same classes. Hidden and
-    empty folders and files that are no pictures by their ending are passed over."""
-    parts, data, names = [path], [], []
-    if (path / "train").is_dir():
-        tests = [path / name for name in ("test", "val", "valid", "validation")]
-        parts = [path / "train", *[test for test in tests if test.is_dir()][:1]]
-    for part in parts:
-        files = sorted(f for f in part.glob("[!.]*/[!.]*") if f.suffix.lower() in PICTURES)
-        if not files:
-            raise ValueError(f"{part}: no folder of CIFAR binaries, or of one of images per class")
-        names = names or sorted({file.parent.name for file in files})
-        labels = torch.tensor([names.index(file.parent.name) for file in files])
-        data.append((np.array(files), labels))
+    """CLASS/*.jpg, at any depth as torchvision's ImageFolder reads them, or train/CLASS/*.jpg and
+    the first folder of TEST that has the same classes, which is said. Hidden files and folders, and
+    files that are no pictures by their ending, are passed over."""
+    files = [Path(file) for file in sorted(glob.glob("**", root_dir=path, recursive=True))
+             if Path(file).suffix.lower() in PICTURES]
+    tops = {file.parts[0] for file in files if len(file.parts) > 1}
+    trains = [top for top in tops if top.lower() in TRAIN]
+    tests = [top for name in TEST for top in tops if top.lower() == name]
+    split = bool(trains or tests)
+    if split and (len(trains) != 1 or tops - {*trains, *tests}):
+        raise ValueError(f"{', '.join(sorted(tops))}: expected are folders of classes, or train "
+                         f"and one of {', '.join(TEST)}")
+    rows = [(file.parts[0] if split else "", file.parts[split], path / file) for file in files
+            if len(file.parts) > split + 1]                      # (part, class, file)
+    train, data = trains[0] if split else "", []
+    names = sorted({name for part, name, _ in rows if part == train})
+    labelled = [t for t in tests if any(part == t and name in names for part, name, _ in rows)]
+    if not names or tests and not labelled:
+        raise ValueError(f"{', '.join(tests)}: no folders of the classes that {train} has" if names
+                         else "no folder of CIFAR binaries, or of one of images per class")
+    for part in (train, *labelled[:1]):
+        mine = [(name, file) for where, name, file in rows if where == part]
+        if more := {name for name, _ in mine} - {*names}:
+            raise ValueError(f"class {min(more)} is only in the test part, {part}")
+        labels = torch.tensor([names.index(name) for name, _ in mine])
+        data.append((np.array([file for _, file in mine]), labels))
+    if labelled:
+        print(f"{path}: tested on {labelled[0]}")
     return data, names
 
 
@@ -316,8 +580,11 @@ def read_picture(path: Path) -> np.ndarray:
         from PIL import Image, ImageOps
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                       # 16 bits
-                image = Image.fromarray(np.uint8(np.array(image, np.float64) * (255 / 65535) + 0.5))
+            if image.mode[0] in "IF":                            # 16 bits, or 32-bit float
+                x, top = np.array(image, np.float64), 1 if image.mode == "F" else 65535
+                if not 0 <= x.min() <= x.max() <= top:           # also NaN
+                    raise ValueError(f"values {x.min()} to {x.max()}, expected are 0 to {top}")
+                image = Image.fromarray(np.uint8(x * (255 / top) + 0.5))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -331,7 +598,6 @@ def square(path: Path, size: int) -> torch.Tensor:
     top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
     x = x[None, :, top:top + side, left:left + side]
     return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
-
 
 
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
@@ -414,135 +680,56 @@ def pretrained(args, steps: int = 500) -> Path:
     return path
 
 
-
-# --- Training
-
-
-
-@torch.no_grad()
-def evaluate(model: ViT, test: tuple, args) -> dict[str, float]:
-    """Accuracy and cross entropy on the whole test set."""
-    logits = []
-    for images in test[0].split(256):
-        with autocast(args):
-            logits.append(model.eval()(prepare(images.to(args.device), model.config)).float().cpu())
-    logits, labels = torch.cat(logits), test[1]
-    accuracy = (logits.argmax(1) == labels).float().mean().item()
-    return {"accuracy": accuracy, "loss": F.cross_entropy(logits, labels).item()}
-
-
-def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
-              out: Path) -> dict[str, str]:
-    """One run: attach, train, export -> its row of the table. Writes under `out`."""
-    torch.manual_seed(args.seed)
-    adapters = attach(model, config)
-    if not model.head.weight.any():                              # a new head is trained too
-        model.head.float().requires_grad_(True)
-    optimizer = torch.optim.AdamW(adapters.param_groups(lr), fused=True)
-    lines = resume_run(out, adapters, optimizer, args)        # of metrics.jsonl
-    schedule = LambdaLR(optimizer, lambda n: warmup_cosine(n, args.steps), len(lines) - 1)
-    (rank, world), parallel = processes(), model
-    if world > 1:                                                # torchrun; the probes end
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
-                                                       broadcast_buffers=False)
-    images, labels = (tensor.to(args.device) for tensor in train)
-    model.train()
-    for step in tqdm(range(len(lines), args.steps), name, disable=None, leave=False):
-        began, total = time.perf_counter(), 0.0
-        torch.manual_seed((args.seed * args.steps + step) * world + rank)    # --resume needs it
-        for number in range(step * args.accumulate, (step + 1) * args.accumulate):
-            batch = batch_indices(len(labels), args.batch_size * world, number, args.seed)
-            batch = batch[rank::world].to(args.device)
-            x = prepare(images[batch], model.config, augment=True)
-            with autocast(args):
-                loss = F.cross_entropy(parallel(x).float(), labels[batch])
-            ((loss + adapters.penalty(len(labels))) / args.accumulate).backward()        # Eq. 4
-            total += loss.item() / args.accumulate
-        adapters.observe_gradients()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        adapters.prune((step + 1) / args.steps)
-        lines.append({"step": step + 1, "loss": total, "lr": lr * warmup_cosine(step, args.steps),
-                      "ms": 1e3 * (time.perf_counter() - began)})
-        save_run(out, adapters, optimizer, lines, args)
-    row = summary(name, evaluate(model, test, args), adapters, lines)
-    if rank == 0:
-        adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
-    if rank == 0 and args.merge:
-        save_vit(adapters.merge(), out / "merged.pt")
-    return row
-
-
-# --- Main
-
-
-
-def main() -> None:
-    """Data, backbone, then one method, or all of the demo's, on the same examples."""
-    args = options(__doc__, rank=2, steps=300, batch_size=32, out="out/vit",
-                              image_size=int, num_heads=int)     # the checkpoint's
-    out, path, shots, classes = Path(args.out), args.checkpoint, args.shots, 10
-
-    def load() -> ViT:
-        model = load_vit(path, classes, args.image_size, args.num_heads)
-        return model.to(args.device, getattr(torch, args.dtype))
-
-    def run(model: ViT, method: str, name: str, which: str, **changes) -> dict[str, str]:
-        config, lr = make_config(args, method, **changes), args.lr or LEARNING_RATES[which]
-        return fine_tune(args, config, lr, model, train, test, name,
-                         out if args.checkpoint else out / which)
-
-    if path:
-        train, test, names = read_images(args.data)
-        classes = len(names)
-        print(f"{classes} classes: {', '.join(names[:5])}{', ...' * (classes > 5)}")
-        model = load()
-        if args.eval_only and not model.head.weight.any():
-            raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
-    else:
-        train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
-        model, shots = small_vit(), shots or (None if args.fraction else 50)
-    train = take(train, choose(train[1], shots, args.fraction, args.seed))
-    attach(model, make_config(args, args.method)).detach()       # refused before files are written
-    if isinstance(train[0], np.ndarray):                         # files
-        size = model.config.image_size
-        train, test = ((torch.stack([square(file, size) for file in files]), labels)
-                       for files, labels in (train, test))
-    if not path:
-        path = pretrained(args)
-        model = load()
-    compare(args, model, load, run, functools.partial(evaluate, test=test, args=args))
-
-
-# --- What the three scripts share: options, batches, run state, processes, the table
+# --- What the three scripts share: options, trials, files, run state, batches, processes, the table
 
 STOP = []                            # not empty once Ctrl-C was pressed
 TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
-RUN = {"targets": ",".join(Config.targets), "method": "structlora", "accumulate": 1, "seed": 0,
-       "save_every": 100, "resume": False, "merge": False, "eval_only": False,
-       "device": "cuda" if torch.cuda.is_available() else "cpu",
-       "alpha": float, "budget": float, "shots": int, "fraction": float, "lr": float,
-       "checkpoint": str, "data": str, "dtype": str}         # a type: no default
+PLAIN = {"gate": "none", "coordinator": "none", "budget": None}  # these make a Config plain LoRA
+Trial = namedtuple("Trial", "name out config lr")
+OPTIONS = {                          # name -> default, or a type if there is none; help
+    "checkpoint": (str, "the pretrained model; without it the demo runs"),
+    "data": (str, "what to train and to test on"),
+    "method": ("structlora", "structlora or lora; the demo runs both"),
+    "rank": (2, "directions of a layer"),
+    "alpha": (float, "updates are scaled by alpha / rank (2 rank)"),
+    "dropout": (Config.dropout, "on the input of the update"),
+    "targets": (",".join(Config.targets), "last parts of the names of the layers to adapt"),
+    "gate": (Config.gate, "gaussian, concrete or none"),
+    "beta": (Config.beta, "weight of the gates' rate in the loss"),
+    "coordinator": (Config.coordinator, "attention, uniform or none"),
+    "edges": (Config.edges, "who hears whom: hybrid, depth, similarity or all"),
+    "budget": (float, "directions to keep, on average over the layers (all)"),
+    "shots": (int, "labelled training examples of each class (all)"),
+    "fraction": (float, "or the share of them to train on"),
+    "seed": (0, "of everything random"),
+    "steps": (200, "optimizer steps"),
+    "lr": (float, "learning rate of the factors (LEARNING_RATES in the script)"),
+    "batch_size": (16, "examples in a backward pass of a process"),
+    "accumulate": (1, "backward passes in a step"),
+    "save_every": (100, "steps after which adapter.pt is written"),
+    "out": ("out", "folder for all results"),
+    "resume": (False, "go on where OUT/adapter.pt stopped"),
+    "eval_only": (False, "only score the checkpoint, with OUT/adapter.pt if there is one"),
+    "merge": (False, "also write the merged model, OUT/merged.pt"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ..."),
+    "dtype": (str, "float32 or bfloat16 (bfloat16 on cuda)")}
 
 
 def options(description: str, **own) -> argparse.Namespace:
-    """The options of a script, checked: the fields of Config, those of every run, and its `own`
-    (name=default, or a type). Joins the processes that torchrun started."""
+    """The options of a script, checked: OPTIONS and its `own`, name=(default or type, help). Joins
+    the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (dataclasses.asdict(Config()) | RUN | own).items():
-        flag = f"--{name.replace('_', '-')}"
+    for name, (default, words) in (OPTIONS | own).items():
+        how = {"type": default, "help": words}
         if default is False:
-            parser.add_argument(flag, action="store_true")
-        elif isinstance(default, type):
-            parser.add_argument(flag, type=default)
-        else:
-            parser.add_argument(flag, type=type(default), default=default)
+            how = {"action": "store_true", "help": words}
+        elif not isinstance(default, type):
+            how = {"type": type(default), "default": default, "help": f"{words} ({default})"}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
+    cuda, out = args.device.startswith("cuda"), Path(args.out).absolute()
     args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     for name, value in vars(args).items():
@@ -555,15 +742,17 @@ def options(description: str, **own) -> argparse.Namespace:
         raise ValueError("--fraction: at most 1, and not together with --shots")
     if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
         raise ValueError("--checkpoint and --data go together; --eval-only needs them")
-    make_config(args, "structlora")
-    out = Path(args.out).absolute()
+    make_config(args)
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: cannot be written")
+    saved = "adapter.pt" if args.checkpoint else "*/adapter.pt"  # a demo may have begun some trials
+    if args.resume and not any(out.glob(saved)):
+        raise ValueError(f"--resume: there is no {args.out}/{saved} to go on from")
     if "WORLD_SIZE" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
         dist.init_process_group("nccl" if cuda else "gloo")
-        sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
+        sys.stdout = open(os.devnull, "w", encoding="utf-8") if dist.get_rank() else sys.stdout
     args.processes = processes()[1]
     try:
         torch.zeros(1, device=args.device)
@@ -572,11 +761,102 @@ def options(description: str, **own) -> argparse.Namespace:
     return args
 
 
-def make_config(args: argparse.Namespace, method: str, **changes) -> Config:
-    """The Config that the options describe, or plain LoRA's."""
+def make_config(args: argparse.Namespace, **changes) -> Config:
+    """The Config that the options describe: of a checkpoint's --method lora, plain LoRA's."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    plain = {"gate": "none", "coordinator": "none", "budget": None} if method == "lora" else {}
-    return Config(**fields | plain | changes)
+    return Config(**fields | (PLAIN if args.method == "lora" and args.checkpoint else {}) | changes)
+
+
+def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[Trial]:
+    """The runs of this command line: one on a checkpoint (none with --eval-only), and four in a
+    demo. learning_rates: of "checkpoint", and of the demo's, which are also its folders."""
+    r, wide = args.rank, {"rank": 4 * args.rank, "alpha": 4 * args.alpha}
+    table = (("lora", f"LoRA r={r}", PLAIN), ("lora4r", f"LoRA r={4 * r}", PLAIN | wide),
+             ("structlora", f"StructLoRA r={r}", {}),
+             ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"}))
+    if args.checkpoint:
+        table = [("checkpoint", f"{args.method} r={r}", {})] * (not args.eval_only)
+    return [Trial(name, Path(args.out, key if not args.checkpoint else ""),
+                  make_config(args, **changes), args.lr or learning_rates[key])
+            for key, name, changes in table]
+
+
+def check_config(model: nn.Module, config: Config) -> None:
+    """Raises ValueError if `model` cannot be adapted like this: known before files are written and
+    anything long starts. Attaches and removes adapters, which leaves no trace."""
+    attach(model, config).detach()
+
+
+def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
+    """With --eval-only gives `model` the adapters of OUT/adapter.pt, if there are any. Returns what
+    is scored: the name of the table's first row."""
+    path = Path(args.out, "adapter.pt")
+    if not args.eval_only or not path.exists() or (              # OUT/merged.pt has them in it
+            Path(args.checkpoint).resolve().parent == path.resolve().parent):
+        return "frozen"
+    with reading(path):
+        classes = load_torch(path).get("options", {}).get("classes")     # of train_vit.py
+        mine = vars(args).get("classes") or ()
+        if classes and classes != mine:
+            raise ValueError(f"its classes are {', '.join(classes)[:99]}, not "
+                             f"{', '.join(mine)[:99]}")
+    StructLoRA.load(model, path)
+    return str(path)
+
+
+def only(record: dict, known: tuple | dict, ignored: tuple = (), what: str = "") -> None:
+    """Raises ValueError that names what in `record` is neither `known` nor `ignored`, unless it is
+    empty (None, False, "", [], {}, NaN), or is not the value that a dict of the known gives."""
+    for key, value in record.items():
+        empty = value is None or value is False or value in ("", [], {}) or value != value
+        wanted = known.get(key) if isinstance(known, dict) else None
+        if key not in known and key not in ignored and not empty:
+            raise ValueError(f"{what} {key}: not known here; known are {', '.join(known)}".lstrip())
+        if wanted is not None and value not in (None, wanted):
+            raise ValueError(f"{what} {key} is {value!r}; only {wanted!r} is read".lstrip())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a .json file, which is named if it is none."""
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold the weights of a Hugging Face folder, chosen as transformers does:
+    pytorch_model.bin, else those of pytorch_model.bin.index.json, else the one complete set of
+    pytorch_model-0000i-of-0000n.bin. Nothing else is read: of safetensors beside them, which
+    transformers would prefer, that is said. Raises ValueError that names what is missing."""
+    folder, chosen = Path(folder), ["pytorch_model.bin"]
+    names, index = {path.name for path in folder.iterdir()}, "pytorch_model.bin.index.json"
+    parts = sorted(n for n in names if re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", n))
+    if chosen[0] not in names and index in names:
+        chosen = sorted(set(read_json(folder / index)["weight_map"].values()))
+    elif chosen[0] not in names and parts:
+        count = int(parts[0][-9:-4])
+        chosen = [f"pytorch_model-{i:05d}-of-{count:05d}.bin" for i in range(1, count + 1)]
+        if more := [name for name in parts if not name.endswith(chosen[0][-9:])]:
+            raise ValueError(f"{folder}: {parts[0]} and {more[0]}, and no {index}: which?")
+    elif chosen[0] not in names and "adapter_config.json" in names:
+        raise ValueError(f"{folder}: an adapter of PEFT, no model: merge it into its model first")
+    elif chosen[0] not in names:
+        load_torch(folder / chosen[0])                           # says what to do about safetensors
+    for name in chosen:
+        if name not in names:
+            raise ValueError(f"{folder / name}: missing")
+    if any(name.endswith(".safetensors") for name in names):
+        print(f"{folder}: {chosen[0]} is read{', and so on' * (len(chosen) > 1)}; the safetensors "
+              "beside it are not")
+    return [folder / name for name in chosen]
+
+
+def fingerprint(*values) -> str:
+    """Of tensors their bytes', of anything else that of what repr() shows."""
+    result = hashlib.sha256()
+    for value in values:
+        result.update(value.cpu().contiguous().numpy() if torch.is_tensor(value)
+                      else repr(value).encode())
+    return result.hexdigest()
 
 
 def processes() -> tuple[int, int]:
@@ -584,9 +864,16 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace) -> list[dict]:
+def check_rows(count: int) -> None:
+    """Raises ValueError if there are fewer training rows than processes: one would have none."""
+    if count < processes()[1]:
+        raise ValueError(f"{count} training rows for {processes()[1]} processes")
+
+
+def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace,
+               digest: str) -> list[dict]:
     """The log of the steps that are done: empty, or with --resume that of OUT/adapter.pt, if it is
-    of the same options."""
+    of the same options and of the same data, by their digest. A demo's trial without one begins."""
     path, lines = out / "adapter.pt", []
     if args.resume and path.exists():
         with reading(path):
@@ -594,6 +881,8 @@ def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namesp
             for name, value in file["options"].items():
                 if vars(args)[name] != value and name not in TRANSIENT:
                     raise ValueError(f"the run has {name}={value!r}, not {vars(args)[name]!r}")
+            if file.get("digest") != digest:
+                raise ValueError("the run was on other training or test data: they have changed")
             adapters.load_state(file)
             optimizer.load_state_dict(file["optimizer"])
             lines = [*file["lines"]]
@@ -608,14 +897,16 @@ def stop_after_step(*_) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args) -> None:
+def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict],
+             args: argparse.Namespace, digest: str) -> None:
     """After each step: every --save-every steps, at the last, and on Ctrl-C writes config.json,
     metrics.jsonl and adapter.pt (what StructLoRA.save writes, and what --resume needs)."""
     step, options = len(lines), vars(args)
     if not math.isfinite(lines[-1]["loss"]):
         raise ValueError(f"the loss is {lines[-1]['loss']} in step {step}: lower --lr")
     if (step % args.save_every == 0 or step == args.steps or STOP) and processes()[0] == 0:
-        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options}
+        run = {"optimizer": optimizer.state_dict(), "lines": lines, "options": options,
+               "digest": digest}
         write(out / "adapter.pt", adapters.state() | run)
         write(out / "config.json", json.dumps(options, indent=2))
         write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -623,21 +914,22 @@ def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict], args
         raise KeyboardInterrupt(f"saved after step {step} of {args.steps}: --resume goes on")
 
 
-def summary(name: str, scores: dict[str, float], adapters: StructLoRA | None = None,
-            lines: list[dict] = ()) -> dict[str, str]:
-    """A row of the table; the merged rank is a mean over the adapted layers."""
-    scores = {key: f"{value:.3f}" for key, value in scores.items()}
-    if not adapters:
-        return {"method": name} | scores
+def costs(adapters: StructLoRA, lines: list[dict]) -> dict[str, str]:
+    """What a run took, for its row of the table; the merged rank is a mean over the layers. To be
+    called before merge() or detach()."""
     told = adapters.diagnostics()
     kept, rate = told["kept"].values(), sum(told["rate"].values())
-    slots = sum(int(graph.senders().sum()) for graph in adapters.graphs) * adapters.config.rank
+    edges = sum(int((mixing != 0).sum()) for mixing in told["mixing"].values())
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
     times = sorted(line["ms"] for line in lines)
-    return {"method": name, "trainable": f"{trainable:,}",
-            "merged rank": f"{sum(kept) / len(kept):.1f}"} | scores | {
-            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{slots}",
+    return {"trainable": f"{trainable:,}", "merged rank": f"{sum(kept) / len(kept):.1f}",
+            "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{edges * adapters.config.rank}",
             "ms/step": f"{times[len(times) // 2]:.1f}"}
+
+
+def summary(name: str, scores: dict[str, float], told: dict[str, str] | None = None) -> dict:
+    """A row of the table: scores, and what costs() told of a run."""
+    return {"method": name} | {key: f"{value:.3f}" for key, value in scores.items()} | (told or {})
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
@@ -650,7 +942,10 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 
 def exit_status(main: Callable[[], None]) -> int:
-    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130."""
+    """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130. What the
+    console cannot print is escaped: a name must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         return 0
@@ -706,29 +1001,6 @@ def pretrain(model: nn.Module, loss, steps: int, lr: float) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def compare(args, model: nn.Module, load, run, score) -> None:
-    """Prints the scores of `model` as it is, or with --eval-only as adapted, and those of one
-    method on a checkpoint, or of the demo's four. load() gives a fresh backbone, score(model) its
-    scores, run(model, method, name, which learning rate, **changes of Config) a row."""
-    adapter, name, r = Path(args.out, "adapter.pt"), "frozen", args.rank
-    inside = args.checkpoint and Path(args.checkpoint).resolve().parent == adapter.resolve().parent
-    if args.eval_only and adapter.exists() and not inside:       # OUT/merged.pt has it in it
-        StructLoRA.load(model, adapter)
-        name = str(adapter)
-    table = [summary(name, score(model))]
-    if args.checkpoint and not args.eval_only:
-        table.append(run(model, args.method, f"{args.method} r={r}", "checkpoint"))
-    elif not args.checkpoint:
-        lora = run(load(), "lora", f"LoRA r={r}", "lora")
-        ours = run(load(), "structlora", f"StructLoRA r={r} hybrid", "hybrid", edges="hybrid")
-        every = run(load(), "structlora", f"StructLoRA r={r} all", "all", edges="all")
-        r = min(32, max(1, round(float(ours["merged rank"]))))   # the narrowest layer's
-        matched = run(load(), "lora", f"LoRA r={r}", "matched", rank=r,
-                      alpha=r * args.alpha / args.rank)
-        table += [lora, matched, ours, every]
-    print_table(table)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def vision_task(sizes: dict, args) -> tuple:
 def llava_task(sizes: dict, args) -> tuple:
     """(LLaVA, nothing, scenes to adapt to, scenes to test): embeddings [N, T, D] of the words and
     pictures, whose places vmap could not follow, and answers [N, 3]: colour, shape, </s>."""
-    options = argparse.Namespace(out=Path(args.out, "llava"), seed=0, device=args.device)
-    path = train_llava.pretrained(options, 2 if args.dry else sizes["pretrain"][0])
-    model, data = train_llava.load_llava(path, dtype=torch.float32, device=args.device), []
+    options = argparse.Namespace(seed=0, device=args.device)
+    model, data = train_llava.pretrained(options, 2 if args.dry else sizes["pretrain"][0]), []
     for count, seed in ((1000, 1), (300, 2)):
         scenes = train_llava.draw_examples(count, seed, True)
         rows = [train_llava.encode(train_llava.Words(), scene) for scene in scenes]

@@ -62,6 +62,22 @@ def put_adapter(folder):
     return folder / "adapter.pt"
 
 
+def put_vit(folder):
+    model = train_vit.load_vit(test_vit.write("huggingface", folder, VIT), names=[*"abcde"])
+    train_vit.save_vit(model, folder / "merged.pt")
+    return folder / "merged.pt"
+
+
+def put_shard(folder):
+    """A Hugging Face folder of one shard and its index."""
+    path = test_vit.write("huggingface", folder, VIT)
+    names = torch.load(path / "pytorch_model.bin").keys()
+    (path / "pytorch_model.bin").rename(path / "pytorch_model-00001-of-00001.bin")
+    put(path / "pytorch_model.bin.index.json", {
+        "weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")})
+    return path
+
+
 def put_images(folder):
     np.savez(folder / "a.npz", x=np.zeros((8, 4, 4, 3), np.uint8), y=np.arange(8) % 2)
     return folder / "a.npz"
@@ -77,6 +93,17 @@ def put_conversations(folder):
     names = ("a.png", "b.png")
     test_llava.put(folder, *names)
     return put(folder / "a.json", [test_llava.chat(name, "<image>a", "b") for name in names])
+
+
+def put_lines(folder):
+    lines = "\n".join(map(json.dumps, json.loads(put_conversations(folder).read_text())))
+    return put(folder / "a.jsonl", lines.encode())
+
+
+def put_index(folder):
+    folders = test_llava.write(folder / "x")
+    test_llava.write_index(folders[0])
+    return folders
 
 
 def put_vqa(folder):
@@ -115,6 +142,13 @@ READERS = {
                    "vit/pytorch_model.bin"),
     "vit config": (lambda f: test_vit.write("huggingface", f, VIT), train_vit.load_vit,
                    "vit/config.json"),
+    "processor": (lambda f: test_vit.write("huggingface", f, VIT), train_vit.load_vit,
+                  "vit/preprocessor_config.json"),
+    "torchvision": (lambda f: test_vit.write("torchvision", f, VIT), train_vit.load_vit, "vit.pth"),
+    "timm's hub": (lambda f: test_vit.write("timm's hub", f, VIT), train_vit.load_vit,
+                   "vit/config.json"),
+    "saved vit": (put_vit, train_vit.load_vit, "merged.pt"),
+    "index": (put_shard, train_vit.load_vit, "vit/pytorch_model.bin.index.json"),
     "cifar": (lambda f: test_vit.write_cifar(f / "c"), train_vit.read_images, "c/data_batch_1.bin"),
     "images": (put_images, train_vit.read_images, "a.npz"),
     "picture": (put_picture, train_vit.read_picture, "a.png"),
@@ -135,11 +169,15 @@ READERS = {
     "llava config": (lambda f: test_llava.write(f / "x"), load_llava, "x/llava/config.json"),
     "clip": (lambda f: test_llava.write(f / "x"), load_llava, "x/clip/pytorch_model.bin"),
     "clip config": (lambda f: test_llava.write(f / "x"), load_llava, "x/clip/config.json"),
+    "clip processor": (lambda f: test_llava.write(f / "x"), load_llava,
+                       "x/clip/preprocessor_config.json"),
+    "llava index": (put_index, load_llava, "x/llava/pytorch_model.bin.index.json"),
     "conversations": (put_conversations, train_llava.read_data, "a.json"),
+    "conversation lines": (put_lines, train_llava.read_data, "a.jsonl"),
     "vqa questions": (put_vqa, read_vqa, "train_questions.json"),
     "vqa annotations": (put_vqa, read_vqa, "train_annotations.json"),
     "adapter": (put_adapter, load_and_train, "adapter.pt")}
-TENSORS = ("timm", "vit folder", "meta", "llama folder", "llava", "clip", "adapter")
+TENSORS = ("timm", "vit folder", "torchvision", "saved vit", "meta", "llama folder", "llava", "clip", "adapter")
 VALUES = [name for name, (_, _, file) in READERS.items() if file.endswith(".json")]
 
 

@@ -71,8 +71,7 @@ def test_scenes_are_scored_as_train_llava_does(tmp_path):
     task = bench.Task("llava", {"pretrain": (60, 32), "batch": 4}, args)
     runs = experiments(task, "LoRA", [4], [3e-2])
     bench.train(runs, STEPS)
-    path = train_llava.pretrained(argparse.Namespace(out=tmp_path / "llava", seed=0), 60)
-    model = train_llava.load_llava(path, dtype=torch.float32)
+    model = train_llava.pretrained(argparse.Namespace(device="cpu", seed=0), 60)
     config = Config(rank=2, alpha=4.0, targets=("self_attn.q_proj", "self_attn.v_proj"),
                     **bench.LORA)
     attach(model, config)

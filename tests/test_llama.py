@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import DATA, waves
+from helpers import DATA, assert_same, waves
 from structlora import Config, attach
 from train_llama import (Llama, LlamaConfig, generate, load_llama, load_tokenizer, read_checkpoint,
                          rotary_frequencies, rotate)
@@ -190,8 +190,9 @@ def test_published_params_give_the_published_sizes(params, config, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps({"norm_eps": 1e-5, **params}))
     embedding = torch.zeros(()).expand(config.vocab_size, config.dim)            # takes no memory
     output = embedding if config.tied else torch.ones(()).expand(config.vocab_size, config.dim)
-    torch.save({"tok_embeddings.weight": embedding, "output.weight": output},
-               tmp_path / "consolidated.00.pth")
+    square = torch.zeros(()).expand(config.dim, config.dim)
+    torch.save({"tok_embeddings.weight": embedding, "output.weight": output,
+                "layers.0.attention.wq.weight": square}, tmp_path / "consolidated.00.pth")
     assert read_checkpoint(tmp_path)[0] == config
 
 
@@ -295,22 +296,60 @@ def test_truncated_and_missing_files_are_refused_by_name(layout, tmp_path):
         second.write_bytes(whole[:int(share * len(whole))])
         refused(folder, second.name)
     second.unlink()
-    refused(folder, "layers.0.self_attn")
+    refused(folder, second.name, "missing")
     first.rename(second)
-    refused(folder, "layers.0.self_attn")
+    refused(folder, first.name, "missing")
+    first.write_bytes(second.read_bytes())
     next(folder.glob("*.json")).write_text("[1")
-    refused(folder, ".json")
+    refused(folder, ".json" if layout != "parts" else "two of the files")
+
+
+def test_one_generation_of_weights_is_read_as_transformers_does(tmp_path):
+    """More of which files of Hugging Face's folders are read: test_vit.py."""
+    config, folder, placed = SIZES["grouped"], tmp_path / "a", {}
+    write_huggingface(folder, config, 3)                         # an old generation
+    new = {key: 2 * tensor for key, tensor in model_of(config).state_dict().items()}
+    for number in (1, 2):
+        name = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {key: new[key] for key in list(new)[number % 2::2]}
+        torch.save(part, folder / name)
+        placed |= dict.fromkeys(part, name)
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    assert_same(load_llama(folder, torch.float32).state_dict(), new)
+    write_meta(tmp_path / "b", config, "rows")
+    torch.save(part, tmp_path / "b" / "consolidated.02.pth")     # of 13B beside those of 7B
+    refused(tmp_path / "b", "consolidated.02.pth", "too many")
+    (tmp_path / "b" / "consolidated.02.pth").rename(tmp_path / "b" / "pytorch_model.bin")
+    refused(tmp_path / "b", "pytorch_model.bin", "consolidated.00.pth")
+    transformers = pytest.importorskip("transformers")
+    assert_same(transformers.LlamaForCausalLM.from_pretrained(folder).state_dict(), new)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
 
 
 @pytest.mark.parametrize("settings, word", (
-    ({"attention_bias": True}, None), ({"model_type": "mistral"}, "mistral"),
+    ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+    ({"model_type": "mistral"}, "mistral"), ({"model_type": "llava"}, "llava"),
     ({"hidden_act": "gelu"}, "gelu"), ({"rope_scaling": {"type": "yarn", "factor": 2}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_scaling": {"factor": 8.0}}, "factor"),
+    ({"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"sliding_window": 4096}, "sliding_window"), ({"logit_scale": 0.5}, "logit_scale"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": "linear"}, "config.json"), ({"vocab_size": 41}, "embed_tokens"),
-    ({"hidden_size": None}, "NoneType"), ({"num_hidden_layers": 3}, "layers.2")))
+    ({"hidden_size": None}, "NoneType"), ({"num_hidden_layers": 3}, "layers.2"),
+    ({"sliding_window": None, "quantization_config": {}, "attention_dropout": 0.1}, None),
+    ({"rope_parameters": ROPE | {"rope_theta": 10000.0}, "dtype": "float16"}, None)))
 def test_what_the_model_cannot_do_is_refused_not_ignored(settings, word, tmp_path):
     folder = write_huggingface(tmp_path / "llama", SIZES["grouped"], **settings)
-    refused(folder, word) if word else load_llama(folder)        # no bias in the file: none is lost
+    refused(folder, word) if word else load_llama(folder)
+
+
+@pytest.mark.parametrize("key", ("sliding_window", "quantization_args", "use_qk_norm"))
+def test_a_foreign_key_of_params_json_is_refused_by_name(key, tmp_path):
+    refused(write_meta(tmp_path / "llama", SIZES["grouped"], **{key: 64}), "params.json", key)
 
 
 def test_other_files_are_refused_with_what_to_do(tmp_path):
@@ -320,7 +359,13 @@ def test_other_files_are_refused_with_what_to_do(tmp_path):
     (tmp_path / "empty" / "model.safetensors").write_bytes(b"")
     refused(tmp_path / "empty", "safetensors", "torch.save")
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
-    refused(tmp_path / "other.pt", "'llama'")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("other.pt", "a.gguf", "model.safetensors"):
+        refused(tmp_path / name, "not what --merge writes", "folder")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "adapter", "adapter of PEFT")
 
 
 if __name__ == "__main__":

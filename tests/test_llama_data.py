@@ -68,6 +68,45 @@ def test_a_folder_of_two_parts_is_read(tmp_path):
         path.unlink()
 
 
+def test_two_files_of_one_part_are_refused_by_name(tmp_path):
+    for name in ("train.json", "test.json", "dev.json"):         # of these the first
+        lines(tmp_path / name, *PARITY[:3])
+    assert len(read_data(tmp_path, 0)[1]) == 3
+    for name, other in (("train.txt", "train.json"), ("test.JSONL", "test.json")):
+        (tmp_path / name).write_text("a\n")
+        with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
+            read_data(tmp_path, 0)
+        assert name in str(error.value) and other in str(error.value)
+        (tmp_path / name).unlink()
+
+
+FOREIGN = {"history": [["a", "b"]], "system": "s", "options": ["a"], "context": "c",
+           "choices": {"A": "a"}, "images": ["a.png"], "passage": "p", "table": [[1]], "image": "a"}
+
+
+def test_a_record_with_more_than_is_read_is_refused_by_the_names_of_its_keys(tmp_path):
+    plain = {"instruction": "a", "input": "b", "output": "c"}
+    idle = {"id": 7, "source": "s", "category": "c", "answer": "c", "history": [], "system": None,
+            "options": {}, "context": "", "choices": math.nan}
+    expected = read_examples(lines(tmp_path / "a.json", plain))
+    assert read_examples(lines(tmp_path / "a.json", plain | idle)) == expected
+    for key, value in FOREIGN.items():
+        with pytest.raises(ValueError, match=rf"a.json: record 2: .*\b{key}\b"):
+            read_examples(lines(tmp_path / "a.json", plain, plain | {key: value}))
+    for given in (["b"], {"b": 1}):
+        with pytest.raises(ValueError, match="record 1: expected"):
+            read_examples(lines(tmp_path / "a.json", plain | {"input": given}))
+
+
+def test_white_space_around_an_answer_makes_no_other_choice(tmp_path):
+    answers = ("yes", "yes\n", " no", "no")
+    records = [{"instruction": str(i), "output": answers[i % 4]} for i in range(40)]
+    train, test = read_data(lines(tmp_path / "a.json", *records), 0)
+    for e in train + test:
+        number = int(re.search(r"tion:\n(\d+)", e.prompt)[1])
+        assert e.choices == ["no", "yes"] and e.choices[e.answer] == answers[number % 4].strip()
+
+
 def test_text_is_cut_into_parts_that_lose_nothing(tmp_path):
     text = "".join(f"line {i} {'x' * (i % 90)}\n" for i in range(400)) + "y" * 9000
     (tmp_path / "a.txt").write_text(text)
@@ -139,7 +178,7 @@ def losses(out):
 
 def write_tiny(path):
     model = tiny()
-    structlora.write(path, model.sizes() | {"model": model.state_dict()})
+    structlora.write(path, model.sizes | {"model": model.state_dict()})
     return path
 
 

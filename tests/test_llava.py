@@ -23,12 +23,37 @@ from train_llava import IMAGE_TOKEN, SHORT, Example, collate, encode, load_llava
 SIZES = {"plain": (11, 16, 2, 2, 2, 24, 12, 4, 12, 3, 2),
          "grouped": (9, 24, 1, 4, 2, 20, 10, 5, 8, 2, 1)}
 PLAIN, I = SIZES["plain"], IMAGE_TOKEN
+PUBLISHED_LLAVA = """{"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"],
+ "bos_token_id": 1, "eos_token_id": 2, "freeze_mm_mlp_adapter": false, "hidden_act": "silu",
+ "freeze_mm_vision_resampler": false, "initializer_range": 0.02, "max_length": 4096,
+ "max_position_embeddings": 4096, "mm_hidden_size": 1024, "mm_resampler_type": null,
+ "mm_vision_tower": "openai/clip-vit-large-patch14-336", "pad_token_id": 0, "pretraining_tp": 1,
+ "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true,
+ "transformers_version": "4.31.0", "tune_mm_mlp_adapter": false, "use_mm_proj": true,
+ "tune_mm_vision_resampler": false, "unfreeze_mm_vision_tower": false}"""
+PUBLISHED_CLIP = """{"_name_or_path": "", "add_cross_attention": false, "architectures": null,
+ "attention_dropout": 0.0, "bad_words_ids": null, "bos_token_id": null, "dropout": 0.0,
+ "chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "do_sample": false, "top_p": 1.0,
+ "early_stopping": false, "encoder_no_repeat_ngram_size": 0, "id2label": {"0": "LABEL_0"},
+ "initializer_factor": 1.0, "initializer_range": 0.02, "is_decoder": false, "torch_dtype": null,
+ "is_encoder_decoder": false, "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20,
+ "min_length": 0, "model_type": "clip_vision_model", "no_repeat_ngram_size": 0, "num_beams": 1,
+ "num_beam_groups": 1, "num_return_sequences": 1, "output_attentions": false, "pruned_heads": {},
+ "output_hidden_states": false, "output_scores": false, "prefix": null, "projection_dim": 512,
+ "remove_invalid_values": false, "repetition_penalty": 1.0, "return_dict": true, "top_k": 50,
+ "return_dict_in_generate": false, "temperature": 1.0, "tie_encoder_decoder": false,
+ "tie_word_embeddings": true, "torchscript": false, "transformers_version": "4.16.0.dev0",
+ "use_bfloat16": false, "typical_p": 1.0}"""
 ROWS = [[I, 2, 3], [1, 5, 3, I, 2, 6, 4], [2, I, 3, I, 5], [1, 2, 3, 4]]
 EXPECTED = {           # the first four logits after the last token of each row
     'plain': [[-0.68218, 0.29431, 3.10244, 2.07326], [-0.81646, 0.55838, 3.09021, 1.8429],
               [-1.14881, 0.8324, 2.98274, 1.55721], [-0.96315, 0.5695, 3.10515, 1.85953]],
     'grouped': [[-0.85171, -1.58812, 1.1285, -1.40008], [-0.04606, 0.14494, 0.75485, -1.01623],
                 [0.27324, 0.6532, -1.7159, 1.97715], [0.03993, 0.53786, -0.44525, 0.28636]]}
+
+PROCESSOR = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3,
+             "feature_extractor_type": "CLIPFeatureExtractor", "rescale_factor": 1 / 255,
+             "image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.5, 0.25]}
 
 
 def original(sizes):
@@ -72,6 +97,8 @@ def write(folder, sizes=PLAIN, inside=False, **settings):
              "vision_model.embeddings.position_ids": torch.arange(3), "logit_scale": torch.ones(())}
     torch.save(clip, folder / "clip" / "pytorch_model.bin")
     (folder / "clip" / "config.json").write_text(json.dumps({"vision_config": vision}))
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | {
+        "size": sizes[6], "crop_size": {"height": sizes[6], "width": sizes[6]}}))
     for i in (0, 1):
         torch.save(dict(list(llava.items())[i::2]),
                    folder / "llava" / f"pytorch_model-0000{i + 1}-of-00002.bin")
@@ -80,6 +107,12 @@ def write(folder, sizes=PLAIN, inside=False, **settings):
               "mm_use_im_start_end": False, "mm_use_im_patch_token": False}
     (folder / "llava" / "config.json").write_text(json.dumps(config | text | settings))
     return folder / "llava", folder / "clip"
+
+
+def write_index(folder):
+    """The list of the shards that are used."""
+    shards = {i: f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
 def load(*arguments, **how):
@@ -136,7 +169,7 @@ def test_logits_are_those_of_transformers(tmp_path, size, sizes):
 
 def test_a_tower_inside_llavas_files_and_what_merge_writes_give_the_same(tmp_path):
     apart, rows = load(tmp_path / "a"), batch(PLAIN, ROWS)
-    structlora.write(tmp_path / "m.pt", apart.sizes() | {"model": apart.state_dict()})
+    structlora.write(tmp_path / "m.pt", apart.sizes | {"model": apart.state_dict()})
     merged = load_llava(tmp_path / "m.pt", None, torch.float32)
     assert torch.equal(merged(*rows), apart(*rows)) and merged.vision == apart.vision
     assert torch.equal(load(tmp_path / "b", inside=True)(*rows), apart(*rows))
@@ -201,18 +234,65 @@ def change(name, **entries):
     return apply
 
 
+def tower(**settings):
+    """A function that changes the tower's settings."""
+    return change("clip/config.json", vision_config=configs(PLAIN)[1] | settings)
+
+
 CLIP, LLAVA = "clip/pytorch_model.bin", "llava/config.json"
+SHARD, IMAGES = "llava/pytorch_model-00002-of-00002.bin", "clip/preprocessor_config.json"
 BIAS = "vision_model__pre_layrnorm__bias"
 BAD = {  # what is done to the folder, what the line must say
     "no CLIP": (lambda f: (f / CLIP).unlink(), "clip.pytorch_model.bin"),
     "a weight missing": (change(CLIP, **{BIAS: None}), "clip.*norm_pre.bias"),
     "a strange one": (change(CLIP, vision_model__odd=torch.ones(1)), "clip.*odd"),
-    "another tower": (change("clip/config.json", vision_config=configs(PLAIN)[1] | {
-        "hidden_act": "gelu"}), "clip.*hidden_act must be quick_gelu"),
+    "a missing shard": (lambda f: (f / SHARD).unlink(), "llava.pytorch_model-00002-of-00002.bin"),
+    "a damaged shard": (lambda f: (f / SHARD).write_bytes(b"PK"), "pytorch_model-00002-of-00002.b"),
+    "an adapter": (lambda f: [(f / SHARD).unlink(), (f / SHARD.replace("2-", "1-", 1)).unlink(), (
+        f / "llava/adapter_config.json").touch()], "llava: an adapter of PEFT"),
+    "a key of LLaVA's": (change(LLAVA, s2_scales="336,672"), "config.json.* s2_scales"),
+    "another resampler": (change(LLAVA, mm_resampler_type="qformer"), "mm_resampler_type"),
+    "a key of CLIP's": (tower(rope_theta=1e4), "clip.config.json: rope_theta"),
+    "another tower": (tower(hidden_act="gelu"), "clip.config.json: hidden_act is 'gelu'; only 'qu"),
+    "SigLIP": (tower(model_type="siglip_vision_model"), "model_type is 'siglip_vision_model'"),
+    "no normalising": (change(IMAGES, do_normalize=False), "preproc.*: do_normalize is False; onl"),
+    "other pixels": (change(IMAGES, rescale_factor=1 / 127.5), "rescale_factor is 0.00784"),
+    "other sizes": (change(IMAGES, size={"shortest_edge": 10}), "preproc.*: size {'shortest_edge'"),
+    "nearest pixels": (change(IMAGES, resample=0), "preprocessor_config.json: resample is 0"),
+    "two channels": (change(IMAGES, image_mean=[0.5, 0.5]), "preprocessor_config.json: exp"),
+    "other steps": (change(IMAGES, do_pad=True), "preprocessor_config.json: do_pad"),
     "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "mm_vision_select_layer is 9"),
     "1.6": (change(LLAVA, image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     "llava-hf": (change(LLAVA, text_config={}), "llava-hf: not supported"),
     "image tokens": (change(LLAVA, mm_use_im_start_end=True), "mm_use_im_start_end is True")}
+
+
+def test_what_lies_beside_the_weights_is_not_read(tmp_path):
+    """Older shards, an average of the weights; CLIP by itself, as transformers 5 names it."""
+    folder, clip = write(tmp_path)
+    before = load_llava(folder, clip, torch.float32)(*batch(PLAIN, ROWS))
+    weights = {"lm_head.weight": torch.ones(11, 16)}
+    write_index(folder)
+    for path in (folder / "pytorch_model-00003-of-00003.bin", clip / "pytorch_model-ema.bin"):
+        torch.save(weights, path)
+    vision = torch.load(clip / "pytorch_model.bin")
+    torch.save({name.removeprefix("vision_model."): tensor for name, tensor in vision.items()},
+               clip / "pytorch_model.bin")
+    after = load_llava(folder, clip, torch.float32)(*batch(PLAIN, ROWS))
+    assert torch.equal(before, after)
+
+
+def test_published_settings_are_read(tmp_path):
+    """All that stands in the config.json of liuhaotian/llava-v1.5-7b and of openai's CLIP besides
+    sizes; the mean and deviation of preprocessor_config.json count, or CLIP's own without one."""
+    model = load(tmp_path / "a", **json.loads(PUBLISHED_LLAVA))
+    assert (model.vision.mean, model.vision.std) == ((0.5, 0.25, 0.125), (0.5, 0.5, 0.25))
+    folder, clip = write(tmp_path / "b")
+    tower(**json.loads(PUBLISHED_CLIP))(tmp_path / "b")
+    (tmp_path / "b" / IMAGES).unlink()
+    again = load_llava(folder, clip, torch.float32)
+    assert (again.vision.mean, again.vision.std) == (train_llava.CLIP_MEAN, train_llava.CLIP_STD)
+    assert torch.equal(again(*batch(PLAIN, ROWS)), model(*batch(PLAIN, ROWS)))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -277,6 +357,25 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
     assert example.references == ["cat", "dog"]
 
 
+def test_okvqas_answer_is_the_most_frequent_one(tmp_path):
+    said = [{"answer": word, "raw_answer": word} for word in ("dog", "cat", "cow", "cat")]
+    path = put(tmp_path, a={"annotations": [{"question_id": 1, "image_id": 2, "answers": said,
+                                             "confidence": 3, "answer_type": "other"}]}) / "a.json"
+    assert train_llava.read_answers(json.loads(path.read_text()))[1][0] == "cat"
+
+
+def test_lines_of_json_are_read_as_a_list_and_texts_as_utf8(tmp_path):
+    chats = [chat(f"{i}.png", "<image>\nWo?", "M\u00fcnchen\u2028") for i in range(4)]
+    put(tmp_path, *[f"{i}.png" for i in range(4)], a=chats)
+    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in chats)
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8-sig")
+    read = [read_data(tmp_path / name) for name in ("a.json", "b.jsonl")]
+    assert read[0] == read[1] and read[0][0][0].turns[0][1] == "M\u00fcnchen\u2028"
+    (tmp_path / "b.jsonl").write_text(lines[:-9], encoding="utf-8")
+    with pytest.raises(ValueError, match="b.jsonl: record 4: "):
+        read_data(tmp_path / "b.jsonl")
+
+
 def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
     names = [f"{i}.png" for i in range(20)]
     chats = [chat(name, f"<image>\n{q}?", "x") for q in range(3) for name in names]
@@ -284,21 +383,44 @@ def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
     train, test = read_data(path)
     assert (len(train), len(test)) == (54, 6)
     assert not {e.image for e in train} & {e.image for e in test}
+    with pytest.raises(ValueError, match="data.json: 3 rows on 1 picture"):
+        read_data(put(tmp_path, data=chats[::20]) / "data.json")
     (tmp_path / "3.png").unlink()
+    put(tmp_path, data=chats)
     with pytest.raises(ValueError, match="1 of 20 pictures are missing, the first is 3.png"):
         read_data(path)
+
+
+ASKED, KARPATHY = {"question_id": 3, "image_id": 5, "question": "What?"}, {
+    "filename": "a.png", "sentences": [{"raw": "x"}], "split": "train", "imgid": 0}
 
 
 @pytest.mark.parametrize("content, message", [
     ([chat("a.png", "no picture", "x")], "a.json: record 1: expected human and gpt in turn, <i"),
     ([chat("", "<image>", "x")], "record 1"), ([chat("a.png", "<image><image>", "x")], "record 1"),
-    ([chat("a.png", "<image>a", "b", "c")], "record 1"), ([{"image": "a.png"}], "1: .*KeyError"),
-    ([chat("a.png", "<image>a", "b", "c <image>", "d")], "record 1: expected human and gpt"),
+    ([chat("a.png", "<image>a", "b", "c")], "record 1.*'human', 'gpt', 'human'"),
+    ([chat("a.png", "<image>a", "b", "c <image>", "d")], "record 1: .* found .* <image> 2 times"),
+    ([{"image": "a.png"}], "record 1: expected a record of conversations, found {'image': 'a.png'"),
     ([chat({"a": "b"}, "<image>a", "b")], "record 1: expected text, found {'a': 'b'}"),
+    ([chat(["a.png", "b.png"], "<image>a", "b")], r"record 1: expected text, found \['a.png', "),
     ([chat("a.png", "<image>a", 7)], "a.json: record 1: expected text, found 7"),
+    ([chat("a.png", "<image>a", "b") | {"system": "Rhyme."}], "record 1: system: not known"),
+    ([chat("a.png", "<image>a", "b") | {"images": ["b"]}], "record 1: images: not known"),
+    ([chat("", "a", "b") | {"video": "b.mp4"}], "record 1: video: not known"),
+    ([{"conversations": [{"from": "human", "value": "a", "audio": "b.wav"}]}], "audio: not known"),
+    ([chat("", "<video>\na", "b")], "record 1: <video>: of pictures, films and"),
+    ([chat("a.png", "<image>a", "b", "and in <audio> there?", "c")], "record 1: <audio>"),
+    ([chat("", "hm\n<|image_1|>", "b")], r"record 1: <\|image_1\|>"),
+    ([chat("a.mp4", "<image>a", "b")], "record 1: 'a.mp4' is no picture"),
+    ([[25, 26]], r"record 1: expected a record of conversations, found \[25, 26\]"),
+    ({"data": [], "dataset_name": "textvqa"}, "expected a list of LLaVA's .* found {'data': .*tv"),
+    ({"201": {"question": "x"}}, "expected a list of LLaVA's .* found {'201'"),
+    ({"images": [KARPATHY], "dataset": "coco"}, "COCO's or VQA's object: dataset: not known"),
+    ({"questions": [ASKED | {"multiple_choices": ["a", "b"]}]}, "multiple_choices: not known"),
+    ({"annotations": [{"image_id": 5, "text": "x"}]}, "expected a record of image_id and caption"),
     ({"annotations": [{"question_id": 1, "multiple_choice_answer": 2, "answers": []}]}, "found 2"),
     ({"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}, "a.json: .*KeyError: 5"),
-    ([chat("a.png", "<image>", "")] * 9, "too few"), ({"data": []}, "in 0 train"), (3, "a.json")])
+    ([], "0 rows on 0 picture"), ([chat("", "a", "b")], "1 rows on 0 picture"), (3, "a.json")])
 def test_bad_data_is_named_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_data(put(tmp_path, "a.png", a=content) / "a.json")
@@ -313,7 +435,7 @@ def test_pictures_are_padded_and_go_clips_processors_way(shape, monkeypatch):
     transformers = pytest.importorskip("transformers")
     pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     monkeypatch.setattr(train_llava.vit, "read_picture", lambda path: pixels)
-    row = train_llava.Row([1], [True], 0, Path(f"{shape}.png"))
+    row = train_llava.Row([1], [True], Path(f"{shape}.png"))
     vision = train_llava.vit.ViTConfig(16, mean=train_llava.CLIP_MEAN, std=train_llava.CLIP_STD)
     images, _, _ = collate([row, row._replace(image=None)], "cpu", vision)
     square = np.full((max(shape), max(shape), 3), (122, 116, 104), np.uint8)
@@ -333,7 +455,6 @@ def test_the_prompt_is_vicunas_and_only_answers_are_learned():
                     "questions. USER: <image>\nA? ASSISTANT: cat</s>USER: B? ASSISTANT: </s>")
     learned = [i for i, wanted in zip(row.tokens, row.answers) if wanted]
     assert learned == [*b" cat", 257, *b" ", 257]
-    assert row.start == len(row.tokens) - len(learned)           # so N counts what is predicted
     first = Example("a.png", [(None, "a cat")], [], "caption")   # LLaVA's first stage
     assert encode(Bytes(), first).tokens == [256, I, *b" a cat", 257]
 
@@ -384,15 +505,22 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, real, tmp_path):
     state = torch.load(tmp_path / "out/llava/adapter.pt")["state"]
     assert sum("mm_projector" in name for name in state) == 4
     assert any("vision_tower.blocks" in name for name in state)
-    scores = out.splitlines()[-1].replace(" ", "").split("|")[4:7]
+    scores = out.splitlines()[-1].replace(" ", "").split("|")[2:5]
     for more in (real[1:], ["out/llava/merged.pt", "--tokenizer", real[1], *real[4:]]):
         status, out, err = cli(train_llava, "--checkpoint", *more, "--eval-only")
         assert status == 0 and out.splitlines()[-1].replace(" ", "").split("|")[2:5] == scores, err
+    more = ["--tune-projector", "--tune-vision", "--resume", "--data"]
+    assert cli(train_llava, *real, *more, tmp_path / "data")[0] == 0
+    train = json.loads((tmp_path / "data/train.json").read_text())
+    put(tmp_path / "data", train=train[::-1])
+    status, _, err = cli(train_llava, *real, *more, tmp_path / "data")
+    assert status == 2 and "other training or test data" in err
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--vision-checkpoint", "gone"], "gone"), (["--images", "gone"], "4 of 4 pictures"),
-    (["--data", "gone"], "gone"), (["--tokenizer", "gone"], "gone")])
+    (["--data", "gone"], "gone"), (["--data", "net"], "has no files that end in .json, .jsonl"),
+    (["--tokenizer", "gone"], "gone")])
 def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, arguments, message):
     status, _, err = cli(train_llava, *real, "--out", "new", *arguments)
     assert status == 2 and err.count("\n") == 1 and message in err

@@ -6,6 +6,7 @@ needs sentencepiece and tiktoken (0.2.3 and 0.14.0 made what stands below); the 
 
 import base64
 import functools
+import io
 import json
 import random
 import re
@@ -17,7 +18,7 @@ from collections import Counter
 import pytest
 
 from helpers import DATA
-from train_llama import Bytes, SentencePiece, Tiktoken, bpe, load_tokenizer
+from train_llama import Bytes, SentencePiece, RankFile, bpe, load_tokenizer
 
 # As published in Llama 3's tokenizer.py.
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -89,7 +90,7 @@ EXPECTED = {"llama2": "| 1678 3275 322 29871 26203 29871 ", "small": """
 def tokenizer(name):
     if name == "llama2" and not DATA.is_dir():
         pytest.skip("the shared data is not here")
-    return (Tiktoken if name == "ranks" else SentencePiece)(MODELS[name]())
+    return (RankFile if name == "ranks" else SentencePiece)(MODELS[name]())
 
 
 def library(name):
@@ -136,11 +137,11 @@ def test_the_library_agrees_on_any_text(name):
 def test_start_end_and_sizes_are_the_models_own():
     ranks, count = tokenizer("ranks"), len(RANKS)
     assert (ranks.bos_id, ranks.eos_id, ranks.vocab_size) == (count, count + 1, count + 256)
-    whole = Tiktoken(rank_file([*Bytes.tokens, b"abc"]))         # a token that no joins lead to
+    whole = RankFile(rank_file([*Bytes.tokens, b"abc"]))         # a token that no joins lead to
     assert whole.encode("abc abc", bos=False) == [256, *b" abc"]
-    swapped = SentencePiece(sentencepiece_model([("\u2581", 0.0, 1)], {41: 2, 42: 1}))
-    assert (swapped.bos_id, swapped.eos_id, swapped.vocab_size) == (2, 1, 260)
-    for each in (ranks, swapped, Bytes()):
+    pieces = SentencePiece(sentencepiece_model([("\u2581", 0.0, 1)], {41: 2, 42: 1}))
+    assert (pieces.bos_id, pieces.eos_id, pieces.vocab_size) == (1, 2, 260)         # by name
+    for each in (ranks, pieces, Bytes()):
         bare = each.encode("a b", bos=False)
         assert each.encode("a b", eos=True) == [each.bos_id, *bare, each.eos_id]
         assert each.encode("a b") == [each.bos_id, *bare] and each.encode("", bos=False) == []
@@ -200,19 +201,59 @@ PLAIN, WHOLE = sentencepiece_model([("ab", 0.0, 1)]), b"".join(LINES)
 BAD = [b"", b"PK\3\4\0", b'{"model": {}}', b"\n\n\n", b"".join(LINES[:-2] + LINES[-1:]), WHOLE[:-4],
        b"".join(LINES[::-1]), rank_file([*Bytes.tokens[:-1], b"ab"]), b"*" + WHOLE,
        rank_file([*Bytes.tokens, b"ab", b"ab"]), PLAIN[:len(PLAIN) // 2], PLAIN[:-1],
-       PLAIN.replace(b"<0x41>", b"<0x4x>"), *(sentencepiece_model(*settings) for settings in (
-           ([], {3: 1}), ([], {}, {2: b"\0\1"}), ([], {}, {4: 1}), ([], {}, {4: ""}),
-           ([("a", 0.0, 4)],), ([("a", 0.0, 5)],)))]     # unigram, a table of characters, ...
+       PLAIN.replace(b"<0x41>", b"<0x4x>"), PLAIN.replace(b"<s>", b"<t>")]
+OTHER = (           # models that give other ids than LLaMA's kind, and the setting or piece to name
+    (([], {3: 1}), "model_type"), (([], {24: 1}), "treat_whitespace_as_suffix"),
+    (([], {35: 0}), "byte_fallback"), (([], {}, {2: b"\0\1"}), "precompiled_charsmap"),
+    (([], {}, {4: 1}), "remove_extra_whitespaces"), (([], {}, {4: ""}), "remove_extra_whitespaces"),
+    (([], {}, {5: 0}), "escape_whitespaces"),
+    (([("a", 0.0, 4)],), "'a'"), (([("a", 0.0, 5)],), "'a'"),
+    (([("of\u2581the", 0.0, 1)],), "of\u2581the"), (([("a\u2581", 0.0, 1)],), "a\u2581"))
 
 
 def test_bad_files_are_refused_by_name_in_one_line(tmp_path):
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(ValueError, match=f"^{path}: is not there: .*--tokenizer"):
+    with pytest.raises(ValueError, match=f"^{path}: is not there.*--tokenizer"):
         load_tokenizer(tmp_path)
     for data in BAD:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"^{path}: [^\n]+$"):
             load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: .*name a tokenizer.model"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("settings, word", OTHER)
+def test_a_model_that_gives_other_ids_is_refused_by_the_setting(settings, word, tmp_path):
+    (tmp_path / "a.model").write_bytes(sentencepiece_model(*settings))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.model: .*{word}"):
+        load_tokenizer(tmp_path / "a.model")
+
+
+@pytest.mark.parametrize("settings, word", (
+    ({}, None), ({"add_dummy_prefix": False}, None), ({"split_by_whitespace": False}, "crosses"),
+    ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+    ({"user_defined_symbols": ["the"]}, "the"), ({"normalization_rule_name": "nfkc"}, "charsmap"),
+    ({"remove_extra_whitespaces": True}, "remove_extra"), ({"byte_fallback": False}, "fallback"),
+    ({"model_type": "unigram"}, "model_type")))
+def test_models_that_sentencepiece_trains_are_read_exactly_or_refused(settings, word):
+    spm = pytest.importorskip("sentencepiece")
+    words, file, rng = "the of and in a to was cat dog hat".split(), io.BytesIO(), random.Random(0)
+    texts = [" ".join(rng.choices(words, k=9)) for _ in range(300)]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=file, minloglevel=2, **{
+            "model_type": "bpe", "vocab_size": 330 if settings.get("byte_fallback", True) else 60,
+            "byte_fallback": True, "hard_vocab_limit": False, "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False} | settings)
+    if word:
+        with pytest.raises(ValueError, match=word):
+            SentencePiece(file.getvalue())
+        return
+    model, theirs = (read(model_proto=file.getvalue()) if read is spm.SentencePieceProcessor else
+                     read(file.getvalue()) for read in (SentencePiece, spm.SentencePieceProcessor))
+    for text in (*texts[:50], *HARD):
+        assert model.encode(text, bos=False) == theirs.encode(text)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,8 +105,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(more, cli, vit, tmp_path, monk
     assert cli(train_vit, *vit, *more, "--out", "whole")[0] == 0
     real = train_vit.save_run
 
-    def die(out, adapters, optimizer, lines, args):
-        real(out, adapters, optimizer, lines, args)
+    def die(out, adapters, optimizer, lines, *more):
+        real(out, adapters, optimizer, lines, *more)
         if len(lines) == 11:                                     # three steps past the last save
             raise ZeroDivisionError
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -161,6 +162,24 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(cli, vit, tmp_p
     assert len(lines) == 4 and all(t.isfinite().all() for t in tensors.values())
 
 
+def test_resume_refuses_changed_data_and_a_folder_without_a_run(cli, vit, tmp_path):
+    for options in (vit, ()):                                    # a demo, too, before it pretrains
+        status, _, err = cli(train_vit, *options, "--out", "run", "--resume")
+        assert status == 2 and re.search("--resume: there is no run/.*adapter.pt", err), err
+        assert not (tmp_path / "run").exists()
+    assert cli(train_vit, *vit, "--out", "run")[0] == 0
+    with np.load(tmp_path / "data.npz") as file:
+        x, y = file["x"], file["y"]
+    for place in (0, 5):                                         # of the training and the test part
+        changed = x.copy()
+        changed[place] += 1
+        np.savez(tmp_path / "data.npz", x=changed, y=y)
+        status, _, err = cli(train_vit, *vit, "--out", "run", "--resume")
+        assert status == 2 and "run/adapter.pt: the run was on other" in err, err
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    assert cli(train_vit, *vit, "--out", "run", "--resume")[0] == 0
+
+
 # --- the command line
 
 def test_train_score_merge_and_export(cli, vit, tmp_path):
@@ -170,16 +189,16 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "config.json", "metrics.jsonl", "adapter.pt", "adapter_peft", "merged.pt"}
     row = out.splitlines()[-1].split("|")
-    accuracy, loss = (float(row[i]) for i in (4, 5))
+    accuracy, loss = (float(row[i]) for i in (2, 3))
     assert accuracy > 0.6
     rates = [line["lr"] for line in left_by(tmp_path / "run")[0]]        # warmed up over 4 steps
     assert rates[:4] == pytest.approx([0.0075, 0.015, 0.0225, 0.03]) and rates[-1] < 1e-4
     status, _, err = cli(train_vit, *vit, "--out", "vit.pth")
     assert status == 2 and "--out vit.pth: cannot be written" in err
-    for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run")):
+    for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run"), ("vit.pth", "none")):
         status, out, err = cli(train_vit, "--checkpoint", checkpoint, *vit[2:], "--out", folder,
                                "--eval-only")
-        if folder == "none":
+        if "merged" in checkpoint or folder == "run":            # whose adapter.pt has a head
             assert status == 0 and f"{accuracy:.3f}" in out and f"{loss:.3f}" in out
     assert status == 2 and "other classes" in err                # vit.pth has a head of five
     assert not (tmp_path / "none").exists()
@@ -190,6 +209,63 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     assert torch.allclose(other(x), merged(x), atol=1e-4)
 
 
+def folders(tmp_path, *names):
+    """Pictures of 16 x 16 of these classes, told apart by brightness -> options of train_vit.py."""
+    Image = pytest.importorskip("PIL.Image")
+    for number, name in enumerate(names):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (16, 16), 90 * number + 9 * i).save(folder / f"{i}.png")
+    return ("--checkpoint", "vit.pth", "--data", "data", "--batch-size", "8", "--steps", "20",
+            "--lr", "0.03", "--device", "cpu", "--out", "run")
+
+
+def test_the_names_of_the_classes_stay_with_the_files_of_a_run(cli, vit, tmp_path):
+    options = folders(tmp_path, "cat", "dog", "fox")
+    status, first, err = cli(train_vit, *options, "--merge")
+    assert status == 0 and "a new head for 3 classes" in first, err
+    scores = [cell.strip() for cell in first.splitlines()[-1].split("|")[2:4]]
+    for old, new in (("cat", "zebra"), ("fox", "cat"), ("zebra", "fox")):
+        (tmp_path / "data" / old).rename(tmp_path / "data" / new)    # cat and fox swap their names
+    for checkpoint in ("run/merged.pt", "vit.pth"):
+        status, out, err = cli(train_vit, "--checkpoint", checkpoint, *options[2:], "--eval-only")
+        now = [cell.strip() for cell in out.splitlines()[-1].split("|")[2:4]]
+        assert status == 0 and float(now[0]) < float(scores[0]), err     # not in silence the same
+    (tmp_path / "data" / "fox").rename(tmp_path / "data" / "emu")
+    status, _, err = cli(train_vit, *options, "--eval-only")
+    assert status == 2 and "run/adapter.pt: its classes are cat, dog, fox, not cat, dog, emu" in err
+    status, _, err = cli(train_vit, "--checkpoint", "run/merged.pt", *options[2:], "--eval-only")
+    assert status == 2 and "other classes than run/merged.pt" in err
+
+
+def test_a_console_that_cannot_print_a_name_ends_nothing(vit, tmp_path):
+    options = folders(tmp_path, "\u732b", "caf\u00e9", "dog")
+    run = subprocess.run([sys.executable, ROOT / "train_vit.py", *options], cwd=tmp_path, text=True,
+                         capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and "caf\\xe9, dog, \\u732b" in run.stdout, run.stderr
+    assert (tmp_path / "run" / "adapter_peft" / "adapter_config.json").exists()
+    assert "caf\u00e9" in json.loads((tmp_path / "run" / "config.json").read_text())["classes"]
+
+
+def test_a_run_exports_before_it_scores_and_prints(cli, vit, tmp_path, monkeypatch):
+    scores = iter([{"accuracy": 0.0, "loss": 1.0}])              # of the frozen model, then no more
+    monkeypatch.setattr(train_vit, "evaluate", lambda *_: next(scores))
+    with pytest.raises(StopIteration):
+        cli(train_vit, *vit, "--out", "run", "--merge")
+    there = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"adapter.pt", "adapter_peft", "merged.pt"} <= there
+
+
+@pytest.mark.parametrize("script", (train_vit, train_llama, train_llava))
+def test_help_explains_every_option(script, cli):
+    status, out, _ = cli(script, "--help")
+    options = re.findall(r"^  (--[a-z-]+)(?: [A-Z_]+)? *(.*)\n( {10,}\S)?", out, re.M)
+    assert status == 0 and {f"--{name}" for name in ("rank", "edges", "resume", "out")} <= {
+        name for name, *_ in options}
+    assert all(words or more for _, words, more in options), options
+
+
 @pytest.mark.parametrize("script", (train_vit, train_llama, train_llava))
 @pytest.mark.parametrize("arguments", (
     "--rank 0", "--rank x", "--rank 100000", "--alpha 0", "--alpha nan", "--budget 0",
@@ -197,7 +273,7 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     "--shots 1 --fraction 0.5", "--steps 0", "--lr -1", "--lr nan", "--batch-size 0", "--seed -1",
     "--seed 99999999999999999999999", "--accumulate 0", "--save-every 0", "--dtype float16",
     "--device abacus", "--checkpoint absent", "--data absent", "--eval-only", "--unknown 1",
-    "--checkpoint absent --data absent", "--rnk 3"))
+    "--checkpoint absent --data absent", "--rnk 3", "--resume"))
 def test_bad_options_are_one_line_before_anything_is_pretrained_or_written(
         script, arguments, cli, tmp_path):
     status, _, err = cli(script, *arguments.split(), "--out", "out")
@@ -209,12 +285,14 @@ def test_the_demo_has_a_row_for_each_method(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train_vit.pretrained, "__defaults__", (3,))
     status, out, err = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu")
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
-    assert status == 0 and rows[2:4] == ["frozen", "LoRA r=2"] and len(rows) == 7, err
-    assert rows[4].startswith("LoRA r=")
-    assert rows[5:] == ["StructLoRA r=2 hybrid", "StructLoRA r=2 all"]
-    status, again, _ = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu", "--resume")
+    assert status == 0 and rows[2:] == ["frozen", "LoRA r=2", "LoRA r=8", "StructLoRA r=2",
+                                        'StructLoRA r=2 "all" (ours)'], err
+    shutil.rmtree(tmp_path / "run" / "all")                      # as if killed before it began
+    status, again, _ = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu", "--resume",
+                           "--merge")                            # each trial from the backbone
     times = r"[\d.]+ \|\n"
     assert status == 0 and re.sub(times, "", again) == re.sub(times, "", out)
+    assert len([*tmp_path.glob("run/*/merged.pt")]) == 4
 
 
 def test_the_ten_lines_of_the_readme_run():
@@ -268,3 +346,12 @@ def test_two_processes_equal_one_at_twice_the_batch(tmp_path):
     assert rest.communicate(timeout=300)[1] is not None and rest.returncode == 0
     wrong = start(tmp_path, "two", 8, 1, options=("--resume",))
     assert "not 8" in wrong.communicate(timeout=300)[1] and wrong.returncode == 2
+
+
+def test_fewer_rows_than_processes_are_refused_in_one_line(cli, vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vit, "processes", lambda: (0, 50))
+    for script, options in ((train_vit, (*vit, "--out", "run")),
+                            (train_llama, (*llama_options(tmp_path, "run", 8), "--shots", "1"))):
+        status, _, err = cli(script, *options)
+        assert status == 2 and "training rows for 50 processes" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,10 @@
-"""train_vit.py: the model and the three checkpoint families against transformers, bad files, data.
+"""train_vit.py: the model and the checkpoint families against transformers and torchvision, classes
+by name, normalisation, bad files, data.
 
-The expected logits below were printed by `python tests/test_vit.py`, which needs transformers."""
+The expected logits below were printed by `python tests/test_vit.py`, which needs transformers, or
+torchvision, which gives the same numbers for "small"."""
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -27,6 +30,9 @@ SMALL, HALF = SIZES["small"], ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NORMALISED = {       # family -> mean and deviation of its pictures
     "google": HALF, "timm": HALF, "compiled": HALF,
     "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "torchvision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "torchvision 0.12": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "timm's hub": ((0.4, 0.3, 0.2), (0.3, 0.2, 0.1)),
     "huggingface": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
 
 
@@ -40,7 +46,7 @@ def weights(config):
     return waves({name: tensor.shape for name, tensor in ViT(config).state_dict().items()}, 0.25)
 
 
-# --- the three layouts, written here a second time, by hand: our names and theirs, in this order
+# --- the layouts, written here a second time, by hand: our names and theirs, in this order
 
 GOOGLE = """blocks. Transformer/encoderblock_ norm1.weight LayerNorm_0/scale norm1.bias
     LayerNorm_0/bias norm2.weight LayerNorm_2/scale norm2.bias LayerNorm_2/bias
@@ -56,6 +62,11 @@ HUGGINGFACE = """blocks. vit.encoder.layer. norm1 layernorm_before norm2 layerno
     patch_embed vit.embeddings.patch_embeddings.projection""".split()
 
 
+TORCHVISION = """blocks. encoder.layers.encoder_layer_ norm1 ln_1 norm2 ln_2 norm. encoder.ln. qkv.
+    in_proj_ attn. self_attention. o_proj out_proj fc1 mlp.0 fc2 mlp.3 cls_token class_token
+    pos_embed encoder.pos_embedding patch_embed conv_proj head. heads.head.""".split()
+
+
 def renamed(name, table):
     for ours, theirs in zip(table[::2], table[1::2]):
         name = name.replace(ours, theirs)
@@ -63,15 +74,26 @@ def renamed(name, table):
 
 
 def as_timm(state):
-    timm = {}
+    return {name.replace("o_proj", "proj").replace(".fc", ".mlp.fc").replace(
+        "patch_embed.", "patch_embed.proj."): tensor for name, tensor in fused(state).items()}
+
+
+def as_torchvision(state, old=False):
+    names = (*TORCHVISION, "mlp.0", "mlp.linear_1", "mlp.3", "mlp.linear_2")
+    return {renamed(name, names if old else TORCHVISION): tensor
+            for name, tensor in fused(state).items()}
+
+
+def fused(state):
+    """With q, k and v in one."""
+    result = {}
     for name, tensor in state.items():
         if "q_proj" in name:
             parts = [state[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
-            timm[name.replace("q_proj", "qkv")] = torch.cat(parts)
+            result[name.replace("q_proj", "qkv")] = torch.cat(parts)
         elif "k_proj" not in name and "v_proj" not in name:
-            name = name.replace("o_proj", "proj").replace(".fc", ".mlp.fc")
-            timm[name.replace("patch_embed.", "patch_embed.proj.")] = tensor
-    return timm
+            result[name] = tensor
+    return result
 
 
 def as_google(state, heads):
@@ -103,8 +125,25 @@ def write_huggingface(folder, config, **more):
          "num_hidden_layers": config.depth, "intermediate_size": config.mlp,
          "image_size": config.image_size, "id2label": dict.fromkeys(range(config.classes), "a"),
          **more}))
-    (folder / "preprocessor_config.json").write_text(json.dumps(
-        dict(zip(("image_mean", "image_std"), NORMALISED["huggingface"]))))
+    write_processor(folder, size={"height": config.image_size, "width": config.image_size})
+    return folder
+
+
+def write_processor(folder, **settings):
+    statistics = dict(zip(("image_mean", "image_std"), NORMALISED["huggingface"]))
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics | settings))
+
+
+def write_timm(folder, config, **more):
+    """As timm saves a model for its hub."""
+    folder.mkdir(exist_ok=True)
+    torch.save(as_timm(weights(config)), folder / "pytorch_model.bin")
+    mean, std = NORMALISED["timm's hub"]
+    (folder / "config.json").write_text(json.dumps(
+        {"architecture": "vit_tiny_patch4_16", "num_classes": config.classes,
+         "global_pool": "token", "num_features": config.width, "pretrained_cfg": {
+             "input_size": [3, config.image_size, config.image_size], "mean": mean, "std": std,
+             "interpolation": "bicubic", "crop_pct": 0.9}, **more}))
     return folder
 
 
@@ -114,9 +153,13 @@ def write(family, folder, config):
     if family == "google":
         np.savez(folder / "vit.npz", **as_google(weights(config), config.heads))
         return folder / "vit.npz"
+    if family == "timm's hub":
+        return write_timm(folder / "vit", config)
     timm = as_timm(weights(config))
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in timm.items()}
-    files = {"timm": timm, "deit": {"model": timm}, "compiled": {"state_dict": wrapped}}
+    files = {"timm": timm, "deit": {"model": timm}, "compiled": {"state_dict": wrapped},
+             "torchvision": as_torchvision(weights(config)),
+             "torchvision 0.12": as_torchvision(weights(config), old=True)}
     torch.save(files[family], folder / "vit.pth")
     return folder / "vit.pth"
 
@@ -127,8 +170,21 @@ def oracle(config, tmp_path):
     model, read = transformers.ViTForImageClassification.from_pretrained(
         write_huggingface(tmp_path / "vit", config), output_loading_info=True)
     assert not any(read.values()), read              # no key is missing or left over
+    again = write_huggingface(tmp_path / "again", config)
+    torch.save(model.state_dict(), again / "pytorch_model.bin")          # version 5 has new names
+    assert torch.equal(load_vit(again).blocks[0].fc1.weight, weights(config)["blocks.0.fc1.weight"])
     with torch.no_grad():
         return model.eval()(images(config)).logits
+
+
+def torchvision_oracle(config):
+    """Logits of torchvision's VisionTransformer, which reads our tensors."""
+    from torchvision.models import VisionTransformer
+    model = VisionTransformer(config.image_size, config.patch_size, config.depth, config.heads,
+                              config.width, config.mlp, num_classes=config.classes)
+    model.load_state_dict(as_torchvision(weights(config)))
+    with torch.no_grad():
+        return model.eval()(images(config))
 
 
 # --- parity
@@ -136,12 +192,16 @@ def oracle(config, tmp_path):
 @pytest.mark.parametrize("family, size", [
     (family, size) for family in NORMALISED for size, config in SIZES.items()
     if config.eps == 1e-6 or family == "huggingface"])           # others do not name their epsilon
-def test_logits_equal_those_of_transformers_and_save_vit_keeps_them(family, size, tmp_path):
+def test_logits_equal_those_of_transformers_and_save_vit_keeps_them(family, size, tmp_path, capsys):
     config, wanted = SIZES[size], torch.tensor(EXPECTED[size])
     path = write(family, tmp_path, config)
-    model = load_vit(path, num_heads=config.heads if path.suffix == ".pth" else None)
+    unsaid = path.suffix == ".pth" or "hub" in family
+    model = load_vit(path, num_heads=config.heads if unsaid else None)
     logits, (mean, std) = model(images(config)), torch.tensor(NORMALISED[family])
-    assert torch.allclose(logits, wanted, atol=1e-4) and model.config.eps == config.eps
+    assert torch.allclose(logits, wanted, atol=1e-5) and model.config.eps == config.eps
+    size, printed = config.image_size, capsys.readouterr().out
+    assert f"{size} x {size}, normalised with mean {NORMALISED[family][0]} and dev" in printed
+    assert ("a guess: --normalise" in printed) == (family in ("timm", "deit", "compiled"))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     white = prepare(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), model.config)
     assert torch.allclose(white[0, :, 3, 3], (1 - mean) / std)
@@ -157,8 +217,14 @@ def test_committed_logits_are_still_those_of_the_oracle(size, tmp_path):
     assert torch.allclose(oracle(SIZES[size], tmp_path), torch.tensor(EXPECTED[size]), atol=1e-5)
 
 
-@pytest.mark.parametrize("width, depth, heads", ((192, 1, 3), (1280, 32, 16), (32, 1, 1)))
-def test_heads_of_a_pth_are_64_wide_except_in_vit_h(width, depth, heads, tmp_path):
+def test_torchvision_gives_the_committed_logits():
+    pytest.importorskip("torchvision")
+    assert torch.allclose(torchvision_oracle(SMALL), torch.tensor(EXPECTED["small"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("width, depth, heads", ((192, 1, 3), (1280, 32, 16), (1408, 2, 16),
+                                                 (32, 1, 1)))
+def test_heads_of_a_pth_are_64_wide_except_in_the_largest(width, depth, heads, tmp_path):
     with torch.device("meta"):
         names = as_timm(ViT(ViTConfig(16, 16, width, depth, 1, 8, 2)).state_dict())
     state = {name: torch.zeros(()).expand(t.shape) for name, t in names.items()}     # small files
@@ -206,17 +272,151 @@ def test_a_bad_pth_is_refused_by_name(change, word, tmp_path):
         load_vit(tmp_path / "vit.pth", num_heads=4)
 
 
-def test_what_has_no_part_in_this_vit_is_refused_or_goes_with_the_head(tmp_path):
+def test_pre_logits_go_with_the_head(tmp_path):
     more = {"pre_logits/kernel": np.ones((32, 32), "f4"), "pre_logits/bias": np.ones(32, "f4")}
     np.savez(tmp_path / "21k.npz", **as_google(weights(SMALL), 4), **more)
-    for path, word in (
-            (tmp_path / "21k.npz", "pre_logits"),
-            (tmp_path / "vit.safetensors", "safetensors are not read"),
-            (write_huggingface(tmp_path / "a", SMALL, hidden_act="relu"), "with relu"),
-            (write_huggingface(tmp_path / "b", SMALL, num_attention_heads=5), "5 heads")):
-        with pytest.raises(ValueError, match=f"{path}.*{word}"):
-            load_vit(path)
+    with pytest.raises(ValueError, match="21k.npz.*pre_logits"):
+        load_vit(tmp_path / "21k.npz")
     assert load_vit(tmp_path / "21k.npz", num_classes=7).head.out_features == 7
+
+
+@pytest.mark.parametrize("content, word", (
+    ({"dist_token": torch.ones(1, 1, 32)}, "dist_token is no part of a plain ViT.*read are"),
+    ({"blocks.1.ls1.gamma": torch.ones(32)}, "blocks.1.ls1.gamma is no part.*read are"),
+    ({"fc_norm.weight": torch.ones(32), "norm.weight": None}, "fc_norm.weight is no part.*read"),
+    ({"blocks.0.norm1.bias": None}, "blocks.0.norm1.bias is missing.*read are"),
+    (lambda t: {"state_dict": {f"model.{name}": x for name, x in t.items()}, "epoch": 3},
+     "model.cls_token is no part.*read are"),                    # Lightning's
+    (lambda t: {"student": t, "teacher": t, "epoch": 3}, "holds student, teacher, epoch; read are"),
+    (lambda t: {"model": t, "args": argparse.Namespace(lr=1)},
+     r"a Namespace.*torch.save\({'model': torch.load\('vit.pth', weights_only=False\)\['model'"),
+    (lambda t: 3, "holds .*read are")))
+def test_a_pth_of_another_kind_is_refused_by_what_it_holds(content, word, tmp_path):
+    state = as_timm(weights(SMALL))
+    state = content(state) if callable(content) else {
+        name: t for name, t in (state | content).items() if t is not None}
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'vit.pth'}: .*{word}"):
+        load_vit(tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize("settings, word", (
+    ({"hidden_act": "relu"}, "hidden_act is 'relu'; only 'gelu'"), ({"model_type": "deit"}, "deit"),
+    ({"num_attention_heads": 5}, "5 heads"), ({"image_size": 32}, "size 32 for a model of 16 x 16"),
+    ({"use_mask_token": True}, "use_mask_token: not known"),
+    ({"id2label": {0: "a"}}, "names 1 classes"),
+    ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "is no plain ViT"),
+    ({"architecture": "vit_tiny_patch4_16", "global_pool": "avg"}, "global_pool is 'avg'"),
+    ({"architecture": "vit_tiny_patch4_16", "model_args": {"reg_tokens": 4}}, "model_args")))
+def test_a_setting_of_config_json_that_is_not_read_is_refused_by_name(settings, word, tmp_path):
+    write = write_timm if "architecture" in settings else write_huggingface
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'vit'}: .*{word}"):
+        load_vit(write(tmp_path / "vit", SMALL, **settings))
+
+
+# --- pictures as the file says
+
+AS_SAID, PLAIN = NORMALISED["huggingface"], ((0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize("settings, expected", (
+    ({"size": 16, "rescale_factor": 0.00392156862745098, "do_resize": True}, AS_SAID),
+    ({"do_normalize": False}, PLAIN), ({"image_mean": None}, HALF), ({"do_pad": False}, AS_SAID),
+    ({"do_rescale": False}, "do_rescale is False"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+    ({"size": {"shortest_edge": 18}, "crop_size": 16}, "size 18 for a model of 16 x 16"),
+    ({"do_pad": True}, "do_pad: not known"), ({"image_std": [0, 1, 1]}, "deviation"),
+    ({"image_mean": [1.0]}, "mean")))
+def test_preprocessor_config_is_honoured_or_refused_by_name(settings, expected, tmp_path, capsys):
+    folder = write_huggingface(tmp_path / "vit", SMALL)
+    write_processor(folder, **settings)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            load_vit(folder)
+    else:
+        config = load_vit(folder).config
+        assert (config.mean, config.std) == expected
+        assert "(0.485, 0.456, 0.406)" not in capsys.readouterr().out
+        config = load_vit(folder, normalise="imagenet").config
+        assert (config.mean, config.std) == NORMALISED["deit"]
+        with pytest.raises(ValueError, match="--normalise clip: must be one of half, imagenet"):
+            load_vit(folder, normalise="clip")
+
+
+def test_a_backbone_without_a_head_is_taken_for_dinos(tmp_path, capsys):
+    state = {name: t for name, t in as_timm(weights(SMALL)).items() if "head" not in name}
+    torch.save(state, tmp_path / "dino.pth")
+    model = load_vit(tmp_path / "dino.pth", names=["cat", "dog"])
+    assert model.config.mean == NORMALISED["deit"][0] and model.head.out_features == 2
+    assert "a new head for 2 classes" in capsys.readouterr().out
+    assert load_vit(tmp_path / "dino.pth", 3, normalise="half").config.mean == HALF[0]
+
+
+# --- classes by name
+
+@pytest.mark.parametrize("had, names, rows, said", (
+    ("dog cat bird cow eel", "bird cat cow dog eel", [2, 1, 3, 0, 4], "follow the names"),
+    ("dog cat bird cow eel", "cat dog", [1, 0], "follow the names"),
+    ("dog cat bird cow eel", "cat dog fox gnu owl", None, "new head for 5 classes, not for dog, c"),
+    ("dog dog bird cow eel", "bird cow dog eel emu", None, "a new head for 5 classes"),
+    ("dog cat bird cow eel", "0 1 2 3 4", [0, 1, 2, 3, 4], "kept as it is, since the data only"),
+    ("LABEL_0 LABEL_1 LABEL_2 LABEL_3 LABEL_4", "a b c d e", [0, 1, 2, 3, 4], "since the file"),
+    ("0 1 2 3 4", "0 1 2", None, "a new head for 3 classes"),
+    ("", "a b c d e", [0, 1, 2, 3, 4], "kept as it is, since the file does not name"),
+    ("", "0 1 3 2 4", [0, 1, 3, 2, 4], "kept as it is"), ("", "a b", None, "a new head for 2")))
+def test_rows_of_the_head_follow_the_names_of_the_classes(had, names, rows, said, tmp_path, capsys):
+    had, names, head = had.split(), names.split(), weights(SMALL)["head.weight"]
+    path = write_huggingface(tmp_path / "hf", SMALL, id2label=dict(enumerate(had)))
+    model = load_vit(path, names=names)
+    assert said in capsys.readouterr().out and model.config.names == tuple(names)
+    assert torch.equal(model.head.weight, head[rows] if rows else torch.zeros(len(names), 32))
+    save_vit(model, tmp_path / "merged.pt")                      # the other way round again
+    back = load_vit(tmp_path / "merged.pt", names=names[::-1]).head.weight
+    assert torch.equal(back, model.head.weight.flip(0)) or names[0] == "0"
+
+
+# --- which files of a folder are read
+
+PARTS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+OLD = ("pytorch_model-00001-of-00003.bin", "pytorch_model-00003-of-00003.bin")
+
+
+@pytest.mark.parametrize("there, chosen", (
+    (("pytorch_model.bin", *PARTS, "index", "pytorch_model-ema.bin"), "pytorch_model.bin"),
+    ((*PARTS, *OLD, "index"), PARTS), ((PARTS[0], "index"), f"{PARTS[1]}: missing"),
+    (PARTS, PARTS), (PARTS[:1], f"{PARTS[1]}: missing"), ((*PARTS, *OLD), "which"),
+    ((*PARTS, "model.safetensors"), PARTS), (("model.safetensors",), "safetensors are not read"),
+    (("adapter_config.json", "adapter_model.bin"), "an adapter of PEFT"),
+    (("pytorch_model-ema.bin",), "pytorch_model.bin")))
+def test_weights_are_one_file_or_those_of_the_index_or_one_complete_set(
+        there, chosen, tmp_path, capsys):
+    state, halves = weights(SMALL), ([], [])
+    state = {renamed(name, HUGGINGFACE): tensor for name, tensor in state.items()}
+    for number, name in enumerate(state):
+        halves[number % 2].append(name)
+    write_huggingface(tmp_path, SMALL)
+    (tmp_path / "pytorch_model.bin").unlink()
+    for name in there:                   # each generation has weights of its own
+        content = {key: state[key] for key in halves[PARTS.index(name)]} if name in PARTS else {
+            key: tensor + len(name) for key, tensor in state.items()}
+        if name == "index":
+            placed = {key: part for part, keys in zip(PARTS, halves) for key in keys}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(
+                {"metadata": {}, "weight_map": placed}))
+        else:
+            torch.save(content, tmp_path / name)
+    if isinstance(chosen, tuple) or chosen in there:
+        chosen = [chosen] if isinstance(chosen, str) else [*chosen]
+        assert train_vit.weight_files(tmp_path) == [tmp_path / name for name in chosen]
+        assert ("safetensors" in capsys.readouterr().out) == ("model.safetensors" in there)
+        bias = load_vit(tmp_path).head.bias
+        if "index" in there or "pytorch_model.bin" in there:     # transformers asks for an index
+            transformers = pytest.importorskip("transformers")
+            theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+            assert torch.equal(theirs.classifier.bias, bias)
+    else:
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{chosen}"):
+            load_vit(tmp_path)
 
 
 # --- data
@@ -241,14 +441,21 @@ def test_cifar_rows_are_label_then_channels(tmp_path):
     assert len(names) == 10 and train[0].shape == (20, 3, 32, 32) and len(test[1]) == 20
     assert train[0][3, 1, 2, 5] == raw[3, 1 + 1024 + 2 * 32 + 5] and train[1][3] == 3
     if (DATA / "cifar10").is_dir():                  # real ones, if they are here
-        train, test, _ = read_images(DATA / "cifar10")
+        train, test, names = read_images(DATA / "cifar10")
+        assert names[:2] == ["airplane", "automobile"]
         assert train[1].bincount().tolist() == [1000] * 10 and len(test[1]) == 2000
     data = (tmp_path / "test_batch.bin").read_bytes()
     for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"),
-                          (b"", "missing")):
-        (tmp_path / "test_batch.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=f"test_batch.bin.*{word}"):
-            read_images(tmp_path)
+                          (b"", "empty")):
+        for name in ("test_batch.bin", "data_batch_3.bin"):      # the second is missing
+            (tmp_path / "data_batch_2.bin").write_bytes(data)
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{tmp_path / name}.*{word}"):
+                read_images(tmp_path)
+            (tmp_path / name).write_bytes(data)
+    (tmp_path / "data_batch_2.bin").unlink()
+    with pytest.raises(ValueError, match="data_batch_2.bin"):
+        read_images(tmp_path)
 
 
 def test_npz_images_with_and_without_a_test_part(tmp_path):
@@ -260,10 +467,18 @@ def test_npz_images_with_and_without_a_test_part(tmp_path):
     train, test, _ = read_images(tmp_path / "a.npz")
     assert len(train[1]) == 10 and torch.equal(test[0][1, 2], torch.from_numpy(x[1, :, :, 2]))
     for bad in ({"x": x}, {"x": x / 2, "y": y}, {"x": x[..., :1], "y": y}, {"x": x, "y": y[:3]},
-                {"x": x, "y": y - 1}, {"x": x, "y": y / 2}):
+                {"x": x, "y": y - 1}, {"x": x, "y": y / 2}, {"x": x, "y": y, "x_test": x},
+                {"x_train": x, "y_train": y}, {"x": x, "y": y * 0},
+                {"x": x, "y": y, "x_test": x, "y_test": y + 1}):
         np.savez(tmp_path / "a.npz", **bad)
         with pytest.raises(ValueError, match="a.npz"):
             read_images(tmp_path / "a.npz")
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.npz").read_bytes())
+    with pytest.raises(ValueError, match="a.zip: a file, but no .npz: give the folder"):
+        read_images(tmp_path / "a.zip")
+    y = np.repeat(np.arange(3), (5, 5, 1))                       # the single one is trained on
+    np.savez(tmp_path / "a.npz", x=np.zeros((11, 2, 2, 3), np.uint8), y=y)
+    assert read_images(tmp_path / "a.npz")[1][1].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("part", ("", "test", "val", "valid", "validation"))
@@ -286,11 +501,44 @@ def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
     assert all((x[0] > 250).all() and (x[2] < 5).all() and x.shape == (3, 8, 8) for x in red)
 
 
-def test_pictures_of_16_bits_turned_or_transparent_are_read_as_they_look(tmp_path):
+@pytest.mark.parametrize("tree, expected", (
+    ("a/images/0.jpg a/images/x/1.JFIF b/2.pgm b/3.webp", "a a b b"),    # one folder deeper
+    ("Train/a/0.png Train/b/1.png Test/a/2.png", "a b a"),
+    ("train/a/0.png train/b/1.png eval/b/2.png", "a b b"),
+    ("train/a/0.png train/b/1.png test/2.png val/a/3.png", "a b a"),     # test/ is unlabelled
+    ("train/a/0.png train/b/1.png test/images/2.png val/a/3.png", "a b a"),
+    ("train/a/0.png train/b/1.png validation/a/2.png dev/b/3.png labels/a.txt", "a b a"),
+    ("train/a/0.png train/b/1.png holdout/a/2.png", "holdout"),
+    ("train/a/0.png train/b/1.png val/a/2.png val/c/3.png", "class c is only in the test part"),
+    ("train/a/0.png train/b/1.png test/2.png", "test: no folders of the classes"),
+    ("test/a/0.png test/b/1.png", "train and one of"),
+    ("images/0.png images/1.png", "only one class"),
+    ("0.png 1.png", "no folder of CIFAR binaries")))
+def test_folders_are_read_as_imagefolder_does_or_refused(tree, expected, tmp_path, capsys):
+    for name in tree.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if "only one" in expected or not set(expected) <= {*"abc "}:
+        with pytest.raises(ValueError, match=f"^{tmp_path}: .*{expected}"):
+            read_images(tmp_path)
+    else:
+        data, names = train_vit.read_folders(tmp_path)
+        found = [(file, names[label]) for part in data for file, label in zip(*part)]
+        assert [name for _, name in found] == expected.split()
+        assert all(name in Path(file).relative_to(tmp_path).parts for file, name in found)
+        assert ("tested on" in capsys.readouterr().out) == (len(data) == 2)
+
+
+def test_pictures_of_16_or_32_bits_turned_or_transparent_are_read_as_they_look(tmp_path):
     Image = pytest.importorskip("PIL.Image")
     path = tmp_path / "a.png"
     Image.fromarray(np.array([[0, 10000, 30000, 65535]], np.uint16)).save(path)
     assert train_vit.read_picture(path)[0, :, 0].tolist() == [0, 39, 117, 255]
+    Image.fromarray(np.array([[0, 0.25, 1]], np.float32)).save(tmp_path / "a.tif")
+    assert train_vit.read_picture(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 64, 255]
+    Image.fromarray(np.array([[0, 3.5]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="a.tif: values 0.0 to 3.5, expected are 0 to 1"):
+        train_vit.read_picture(tmp_path / "a.tif")
     Image.new("RGBA", (4, 4), (200, 200, 200, 0)).save(path)     # fully transparent
     assert (train_vit.read_picture(path) == 0).all()
     turned, exif = Image.new("RGB", (8, 4), "red"), Image.Exif()
@@ -331,4 +579,8 @@ def test_drawn_pictures_are_seeded_labelled_and_shifted():
 if __name__ == "__main__":
     for size, config in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
-            print(size, oracle(config, Path(folder)).double().numpy().round(6).tolist())
+            try:
+                logits = oracle(config, Path(folder))
+            except ImportError:
+                logits = torchvision_oracle(config)              # whose epsilon is 1e-6
+            print(size, logits.double().numpy().round(6).tolist())
