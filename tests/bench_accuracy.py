@@ -14,8 +14,8 @@ pretrained on the Python sources of this installation, adapted to English; bits 
 ViT pretrained on drawn pictures, adapted to their inverted colours; nats and accuracy. LLaVA: the
 demo of train_llava.py, questions on drawn scenes; nats an answer token and VQA accuracy.
 
-A seed draws the labelled examples, the initial factors, the random signs and the order of the
-batches, the same for every method, so that differences pair. All seeds and learning rates ("rates"
+A seed draws the labelled examples, the initial factors and the order of the batches, the same for
+every method, so that differences pair. All seeds and learning rates ("rates"
 here) of a method run as one batch (torch.vmap). They double from one to the next; while the best
 (mean loss over the seeds) lies at an edge, the next one is run too; for one half of the seeds it is
 chosen on the other half.
@@ -55,14 +55,13 @@ FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
 # name -> (factor on the rank, changes of Config); budget is in units of the rank
 LORA = {"gate": "none", "coordinator": "none"}
 METHODS = {
-    "LoRA": (1, LORA), "LoRA 4r": (4, LORA), "hybrid": (1, {"edges": "hybrid"}), "all": (1, {}),
+    "LoRA": (1, LORA), "LoRA 4r": (4, LORA), "hybrid": (1, {}), "all": (1, {"edges": "all"}),
     "gate only": (1, {"coordinator": "none"}),
     "concrete gate only": (1, {"coordinator": "none", "gate": "concrete"}),
     "depth": (1, {"edges": "depth"}), "similarity": (1, {"edges": "similarity"}),
-    "hybrid, no gate": (1, {"gate": "none", "edges": "hybrid"}),
-    "all, no gate": (1, {"gate": "none"}),
-    "all, no gate, uniform": (1, {"gate": "none", "coordinator": "uniform"}),
-    "all, |M| = 1/sqrt(L-1)": (1, {}), "hybrid, budget r": (1, {"edges": "hybrid"}),
+    "hybrid, no gate": (1, {"gate": "none"}), "all, no gate": (1, {"gate": "none", "edges": "all"}),
+    "all, no gate, uniform": (1, {"gate": "none", "edges": "all", "coordinator": "uniform"}),
+    "all, |M| = 1/sqrt(L-1)": (1, {"edges": "all"}), "hybrid, budget r": (1, {}),
     "DoRA": (1, LORA), "AdaLoRA": (1, LORA), "SHiRA": (1, LORA)}
 MAIN, OTHERS = tuple(METHODS)[:5], tuple(METHODS)[-3:]
 
@@ -293,7 +292,8 @@ class Experiment(nn.Module):
 def together(experiments: list[Experiment], x, y) -> tuple:
     """forward() of all by torch.vmap, x and y [E, N, ...]; in training (gradients, forward())."""
     first, trained, fixed = experiments[0], {}, {}
-    for name in [n for n, p in first.trained.items() if p.requires_grad]:    # probes come to rest
+    asks = not isinstance(first.adapters, Others) and first.adapters.graphs[0].probing
+    for name in [n for n in first.trained if asks or not n.endswith("probe")]:
         trained[name] = torch.stack([e.trained[name].detach() for e in experiments])
     for name, _ in first.named_buffers():
         fixed[name] = torch.stack([e.get_buffer(name) for e in experiments])
