@@ -225,12 +225,15 @@ class LayerGraph(nn.Module):
         self.register_load_state_dict_post_hook(LayerGraph.set_probing)
         self.to(device_of(linears[-1]))
 
-    def collect(self) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """A [L, r, k], B [L, d, r] and the gates' parameters, [L, S, r] each, of all layers."""
-        A, B = [layer.A for layer in self.layers], [layer.B for layer in self.layers]
-        gates = {name: torch.stack([layer.gate[name] for layer in self.layers])
-                 for name in START[self.config.gate]}
-        return torch.stack(A), torch.stack(B), gates
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [L, r, k] and B [L, d, r] of all layers."""
+        return (torch.stack([layer.A for layer in self.layers]),
+                torch.stack([layer.B for layer in self.layers]))
+
+    def gates(self) -> dict[str, torch.Tensor]:
+        """The gates' parameters, [L, S, r] each, of all layers."""
+        return {name: torch.stack([layer.gate[name] for layer in self.layers])
+                for name in START[self.config.gate]}
 
     def senders(self) -> torch.Tensor:
         """[L, S, L]: 1 where message s of layer l comes from layer j."""
@@ -248,7 +251,7 @@ class LayerGraph(nn.Module):
         e = torch.zeros_like(edge)
         if self.config.coordinator == "attention":               # Eq. 5
             with torch.no_grad():
-                own = (self.removed == 0) * itself[..., None]                    # [L, S, r]
+                own = itself[..., None] * (self.removed == 0)                    # [L, S, r]
                 own = (own * gate_mean(gates) if gates else own).sum(1, keepdim=True)
                 h = (self.P.T @ B * own) @ (A @ self.Q)                          # [L, 4, 4]
                 h = F.normalize(h.flatten(1), dim=1)                             # [L, 16]
@@ -273,10 +276,11 @@ class LayerGraph(nn.Module):
         """Eq. 7 for all layers: rows A [L, R, k]; columns B [L, d, R], times s M and, if they are
         not random, the mean gates; these weights [L, R]; what is drawn otherwise, [L, R] each."""
         with torch.autocast(self.P.device.type, enabled=False):  # mixing is computed in fp32
-            A, B, gates = self.collect()
-            senders, s, drawn = self.senders(), self.config.alpha / self.config.rank, []
-            weight = s * self.mixing(senders, A, B, gates)[..., None]            # [L, S, 1]
-            weight = weight * self.signs * (self.removed == 0)                   # [L, S, r]
+            (A, B), gates, senders, drawn = self.factors(), self.gates(), self.senders(), []
+            s = self.config.alpha / self.config.rank
+            weight = s * self.mixing(senders, A, B, gates)[..., None] * self.signs       # [L, S, r]
+            if self.config.budget:
+                weight = weight * (self.removed == 0)
             if gates and not random:
                 weight = weight * gate_mean(gates)
             elif "phi" in gates:
@@ -306,13 +310,15 @@ class LayerGraph(nn.Module):
     def observe(self) -> None:
         """Counts a step; in the first ones moves the running mean gradient and the edges by it."""
         self.steps += 1
-        self.pass_owner = self.replay = None     # of a pass that was interrupted
-        sketches = [layer.probe if layer.probe.grad is None else layer.probe.grad
-                    for layer in self.layers]
-        for layer in self.layers:
-            layer.probe.grad = layer.message = None
+        if self.pass_owner:                  # of a pass that was interrupted
+            self.pass_owner = None
+            for layer in self.layers:
+                layer.message = None
         if self.probing:
-            sketches = torch.stack(sketches)
+            sketches = torch.stack([layer.probe if layer.probe.grad is None else layer.probe.grad
+                                    for layer in self.layers])
+            for layer in self.layers:
+                layer.probe.grad = None
             # Not a GradScaler's infinite gradients, and not once directions were chosen (Eq. 8).
             if sketches.isfinite().all() and not self.removed.any():
                 self.gradient.lerp_(sketches, 1 - GRADIENT_DECAY)
@@ -338,15 +344,15 @@ class LayerGraph(nn.Module):
 
     def present(self) -> torch.Tensor:
         """[L, S, r] bool: the directions that have a sender and were not removed."""
-        return (self.senders().sum(2)[..., None] != 0) & (self.removed == 0)
+        return (self.edges.sum(2)[..., None] != 0) & (self.removed == 0)
 
     def strengths(self) -> torch.Tensor:
         """[L, S, r] what Eq. 8 ranks by, on the CPU; -1, less than any, for those not present."""
-        return gate_strength(self.collect()[2]).float().masked_fill(~self.present(), -1.0).cpu()
+        return gate_strength(self.gates()).float().masked_fill(~self.present(), -1.0).cpu()
 
     def rates(self) -> torch.Tensor:
         """R_l in nats [L] (Eq. 3)."""
-        return (gate_rate(self.collect()[2]) * self.present()).sum((1, 2))
+        return (gate_rate(self.gates()) * self.present()).sum((1, 2))
 
     def begin_pass(self, module: nn.Module, inputs: tuple) -> None:
         """A pass is a call of the outermost module that holds two of the layers. Before it all
@@ -364,10 +370,12 @@ class LayerGraph(nn.Module):
             for layer in self.layers:
                 layer.message = None
 
-    def messages(self, dtype: torch.dtype, random: bool) -> list[tuple]:
-        """(A [R, k], B [d, R], gates to draw [R] if random) of each layer."""
+    def messages(self, dtype: torch.dtype, random: bool, values: bool = False) -> list[tuple]:
+        """(A [R, k], B [d, R], gates to draw [R] if random) of each layer; values: no history."""
         probing = self.probing and torch.is_grad_enabled() and not torch.jit.is_tracing()
         A, B, _, drawn = self.updates(dtype, random, probing)
+        if values:
+            A, B, *drawn = (t.detach().requires_grad_(t.requires_grad) for t in (A, B, *drawn))
         drawn = [gate.unbind() for gate in drawn]
         gates = [tuple(gate[l] for gate in drawn) for l in range(len(A))]
         return list(zip(A.unbind(), B.unbind(), gates))
@@ -531,8 +539,9 @@ class StructLoRA:
         result, drift = {key: {} for key in keys}, 0.0
         cosines = {"update_cosine": [], "gradient_cosine": []}
         for graph in self.graphs:
-            parts, kind, senders = graph.collect(), kind_of(graph.names[0]), graph.senders()
-            gates, (A, B, weight, _) = parts[2], graph.updates(torch.float32, random=False)
+            gates, kind, senders = graph.gates(), kind_of(graph.names[0]), graph.senders()
+            mixing = graph.mixing(senders, *graph.factors(), gates)              # [L, S]
+            A, B, weight, _ = graph.updates(torch.float32, random=False)
             if kind in result["mixing"]:                         # the same name in another shape
                 kind += f" {[B.shape[1], A.shape[2]]}"
             gram = torch.stack([(b.mT @ B * (a @ A.mT)).sum((1, 2))      # <u_l, u_j>, no [d, k]
@@ -543,7 +552,7 @@ class StructLoRA:
             cosines["update_cosine"] += cosine.diagonal(1).tolist()
             if graph.gradient.any():
                 cosines["gradient_cosine"] += graph.gradient_cosine().diagonal(1).tolist()
-            mixing = torch.einsum("ls,lsj->lj", graph.mixing(senders, *parts), senders)
+            mixing = torch.einsum("ls,lsj->lj", mixing, senders)
             result["cosine_matrix"][kind], result["mixing"][kind] = cosine, mixing
             values = thin_svd(B, A)[1]                           # [L, R]
             share = values / values.sum(1, keepdim=True).clamp_min(1e-30)
@@ -850,20 +859,14 @@ def replayable(graph: LayerGraph, random: bool) -> list[tuple]:
         dtype = torch.get_autocast_dtype(device)
     if torch.compiler.is_compiling():
         return graph.messages(dtype, random)
-    task = torch._C._current_graph_task_id()                     # of this backward(), else -1
-    now, unrecorded = (task, dtype, random), contextlib.nullcontext()
-    if task >= 0 and graph.replay and graph.replay[0] == now:
-        return graph.replay[1]
+    task, unrecorded = torch._C._current_graph_task_id(), contextlib.nullcontext()
+    if task >= 0 and graph.replay and graph.replay[0] == (task, dtype, random):
+        return graph.replay[1]                                   # of this backward()
     if torch._C._autograd._top_saved_tensors_default_hooks(False):       # a checkpoint is recording
         unrecorded = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with unrecorded:
-        messages = graph.messages(dtype, random)
-    graph.replay = None
-    if task >= 0:
-        for l, (A, B, gates) in enumerate(messages):
-            A, B, *gates = (t.detach().requires_grad_(t.requires_grad) for t in (A, B, *gates))
-            messages[l] = A, B, gates
-        graph.replay = now, messages
+        messages = graph.messages(dtype, random, values=task >= 0)
+    graph.replay = ((task, dtype, random), messages) if task >= 0 else None
     return messages
 
 

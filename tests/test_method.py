@@ -47,7 +47,8 @@ def dense(plain, updates, x):
 def mixing(graph):
     """M as the layers use it, [L, L]."""
     senders = graph.senders()
-    return torch.einsum("ls,lsj->lj", graph.mixing(senders, *graph.collect()), senders).detach()
+    M = graph.mixing(senders, *graph.factors(), graph.gates())
+    return torch.einsum("ls,lsj->lj", M, senders).detach()
 
 
 # --- Layer, equations 1 and 7
