@@ -862,7 +862,7 @@ def replayable(graph: LayerGraph, random: bool) -> list[tuple]:
     task, unrecorded = torch._C._current_graph_task_id(), contextlib.nullcontext()
     if task >= 0 and graph.replay and graph.replay[0] == (task, dtype, random):
         return graph.replay[1]                                   # of this backward()
-    if torch._C._autograd._top_saved_tensors_default_hooks(False):       # a checkpoint is recording
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():     # not inside torch.func.grad
         unrecorded = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with unrecorded:
         messages = graph.messages(dtype, random, values=task >= 0)

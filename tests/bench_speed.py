@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python tests/bench_speed.py --quick     ViT-B and a small LLaMA on 2 CPU cores
     python tests/bench_speed.py                               the CPU's geometries, more rounds
     python tests/bench_speed.py --gpu                         ViT-B, LLaMA 1B and 7B shapes, bf16
-    ... --only vit-b llama-7b ops life tokens compile    some geometries or parts
+    ... --only vit-b llama-7b ops life generate tokens compile      some geometries or parts
 
 Weights are random, and the same tensors for all methods. The methods take their steps in turn (a
 round), so that a busy machine slows them alike; figures are medians over the rounds, ratios medians
@@ -16,7 +16,7 @@ settled; "first ten" is the median of the steps before.
     memory    what a step takes beside weights, adapters and optimizer, at its peak (GPU only)
 
 Then: operations that one adapted layer adds (forward, backward), with torch.compile, attach, merge,
-export, save and load, reading a checkpoint, tokenizers. PEFT is optional.
+export, save and load, reading a checkpoint, generate(), tokenizers. PEFT is optional.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from structlora import Config, StructLoRA, attach
 import train_vit
-from train_llama import Llama, LlamaConfig, load_tokenizer
+from train_llama import Llama, LlamaConfig, generate, load_tokenizer
 from train_vit import ViT, ViTConfig, load_vit, print_table, save_vit
 
 RANK = 8
@@ -232,6 +232,28 @@ def bench_life(device: str) -> None:
         print(f"\nreading ViT-B (343 MB): torch.load {plain:.2f} s, load_vit {ours:.2f} s")
 
 
+@torch.no_grad()
+def bench_generate(rounds: int) -> None:
+    """generate() with the adapters on, to the time of the merged model: 32 tokens, one by one."""
+    model, times = backbone("llama-15m", "cpu"), {}
+    runners = {m: Runner(m, model, *batch_of("llama-15m", model, "cpu")) for m in ("LoRA", "hybrid",
+                                                                                  "all")}
+    models = {"merged": model} | {m: r.model for m, r in runners.items()}
+    prompt = torch.ones(1, 8, dtype=torch.long)
+    for _ in range(rounds + 1):              # the first warms up
+        for name, each in models.items():
+            took = seconds(generate, each.eval(), prompt, 32)[0]
+            times.setdefault(name, []).append(took)
+    rows = []
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(own[1:], times["merged"][1:])]
+        token = 1e3 * statistics.median(own[1:]) / 32
+        rows.append({"generate()": name, "ms a token": f"{token:.1f}",
+                     "to merged": f"{statistics.median(ratios):.2f}"})
+    print("\nllama-15m, 32 tokens with a cache")
+    print_table(rows)
+
+
 def bench_tokens() -> None:
     """kB of UTF-8 that the tokenizers read in a second, where their files are."""
     text = (Path(__file__).parents[1] / "structlora.py").read_text() * 5
@@ -246,7 +268,8 @@ def main() -> None:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true")
     p.add_argument("--gpu", action="store_true")
-    p.add_argument("--only", nargs="*", choices=[*GEOMETRIES, "ops", "life", "tokens", "compile"])
+    p.add_argument("--only", nargs="*", choices=[*GEOMETRIES, "ops", "life", "generate", "tokens",
+                                                     "compile"])
     p.add_argument("--rounds", type=int)
     args = p.parse_args()
     where, device = "gpu" if args.gpu else "cpu", "cuda" if args.gpu else "cpu"
@@ -258,7 +281,7 @@ def main() -> None:
     except ImportError:
         print("PEFT is not installed: its rows are left out")
         methods = [m for m in methods if not m.startswith("PEFT")]
-    parts = ["ops", "life", "tokens"] + ["compile"] * (not args.quick)
+    parts = ["ops", "life", "generate", "tokens"] + ["compile"] * (not args.quick)
     chosen = args.only or [n for n, g in GEOMETRIES.items() if where in g[4].split()] + parts
     for name in chosen:
         if name in GEOMETRIES:
@@ -267,6 +290,8 @@ def main() -> None:
         bench_ops([m for m in methods if m != "PEFT DoRA"])
     if "life" in chosen:
         bench_life(device)
+    if "generate" in chosen:
+        bench_generate(rounds)
     if "tokens" in chosen:
         bench_tokens()
     if "compile" in chosen:

@@ -3,7 +3,6 @@ quantised and other linear layers, statistics, averages, thin checkpoints, copie
 
 import copy
 import gc
-import json
 import pickle
 import weakref
 
@@ -24,6 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:no layer has a neighbour")
 
 def close(a, b, tolerance=1e-5):
     return (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def exported(adapters, folder):
+    """name -> B A of the exported files, after a comparison with deltas()."""
+    adapters.export_peft(folder)
+    tensors, deltas = torch.load(folder / "adapter_model.bin"), adapters.deltas()
+    for name, delta in deltas.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        assert close(B @ A, delta), name
+    return deltas
 
 
 def adapters_in(model):
@@ -52,63 +61,41 @@ def test_the_children_of_a_sequential_root_stay_as_they_were():
     assert not adapters_in(model) and not hooks_in(model)
 
 
-def wrap_a_block(model):
-    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+def replaced(model, number, change):
+    model.blocks[number] = change(model.blocks[number])
     return model
 
 
-def compile_a_block(model):
-    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+def without(model, place):
+    del model.blocks[place]
     return model
 
 
-def cut_the_last_block(model):
-    model.blocks = model.blocks[:-1]
-    return model
-
-
-def cut_the_first_block(model):
-    del model.blocks[0]
-    return model
-
-
-def replace_an_adapted_layer(model):
+def with_a_new_layer(model):
     model.blocks[2].v_proj = nn.Linear(10, 6)
     return model
 
 
-def swap_blocks(model):
-    model.blocks[0], model.blocks[2] = model.blocks[2], model.blocks[0]
-    return model
-
-
-def put_into_another(model):
-    return nn.Sequential(nn.Identity(), model)
-
-
-def take_a_part(model):
-    return nn.Sequential(*model.blocks[1:], model.head)
-
-
-SURGERY = (wrap_a_block, compile_a_block, cut_the_last_block, cut_the_first_block,
-           replace_an_adapted_layer, swap_blocks, put_into_another, take_a_part)
+SURGERY = {
+    "checkpoint wrapper": lambda model: replaced(model, 1, checkpoint_wrapper),
+    "compiled block": lambda model: replaced(model, 1, torch.compile(backend="eager")),
+    "last cut": lambda model: without(model, -1), "first cut": lambda model: without(model, 0),
+    "layer replaced": with_a_new_layer,
+    "inside another": lambda model: nn.Sequential(nn.Identity(), model),
+    "a part": lambda model: nn.Sequential(*model.blocks[1:], model.head)}
 
 
 @pytest.mark.parametrize("change", SURGERY)
 @pytest.mark.parametrize("edges", ("hybrid", "all"))
 def test_an_adapter_belongs_to_its_layer_wherever_it_goes(change, edges, tmp_path):
     torch._dynamo.reset()
-    model = change(adapted(4, edges=edges)[0]).eval()
+    model = SURGERY[change](adapted(4, edges=edges)[0]).eval()
     adapters, output = StructLoRA(model), model(inputs())
-    base = copy.deepcopy(model)
-    base = StructLoRA(base).detach()                 # what PEFT would load the export onto
-    adapters.export_peft(tmp_path)
-    tensors = torch.load(tmp_path / "adapter_model.bin")
-    for name, delta in adapters.deltas().items():
-        A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
-        assert close(B @ A, delta) and "_wrapped" not in name and "_orig_mod" not in name
-        layer = {structlora.clean(n): m for n, m in base.named_modules()}[name]
-        layer.weight.data += delta
+    base = StructLoRA(copy.deepcopy(model)).detach()             # what PEFT would load onto
+    layers = {structlora.clean(name): module for name, module in base.named_modules()}
+    for name, delta in exported(adapters, tmp_path).items():
+        assert "_wrapped" not in name and "_orig_mod" not in name
+        layers[name].weight.data += delta
     assert close(base(inputs()), output)
     model.train()(inputs()).square().sum().backward()            # it trains on
     assert all(layer.A.grad.any() for layer in adapters.layers.values())
@@ -119,12 +106,12 @@ def test_an_adapter_belongs_to_its_layer_wherever_it_goes(change, edges, tmp_pat
 
 def test_what_was_wrapped_after_attach_is_saved_and_loads_into_a_plain_model(tmp_path):
     model, adapters = adapted(4)
-    output = wrap_a_block(model).eval()(inputs())
+    output = replaced(model, 1, checkpoint_wrapper).eval()(inputs())
     adapters.save(tmp_path / "adapter.pt")
     again = StructLoRA.load(chain(4), tmp_path / "adapter.pt")
     assert close(again.model.eval()(inputs()), output)
     with pytest.raises(ValueError, match="cut off"):             # the others still use it
-        cut_the_last_block(model)
+        without(model, -1)
         adapters.save(tmp_path / "cut.pt")
     assert not (tmp_path / "cut.pt").exists()
 
@@ -167,7 +154,7 @@ def test_a_transformer_encoder_layer_uses_its_adapters_in_eval_mode():
 # --- Quantised and other linear layers
 
 class Int8(nn.Linear):
-    """int8 weights and a scale per output, as parameters or as buffers, and a forward of its own."""
+    """int8 weights and a scale per output, as parameters or as buffers; its own forward."""
 
     def __init__(self, linear, buffers):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -252,13 +239,8 @@ def test_a_linear_layer_of_any_storage_trains_exports_and_is_not_merged(case, tm
         linear, h = model.get_submodule(name), torch.randn(5, deltas[name].shape[1])
         with adapters.disabled():
             y = linear(h)
-        factor = 1.0                                 # the update is not doubled
-        assert close(linear(h) - y, factor * h @ deltas[name].T, 1e-4), name
-    adapters.export_peft(tmp_path / "peft")
-    tensors = torch.load(tmp_path / "peft" / "adapter_model.bin")
-    for name, delta in deltas.items():
-        A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
-        assert close(B @ A, delta)
+        assert close(linear(h) - y, h @ deltas[name].T, 1e-4), name
+    exported(adapters, tmp_path / "peft")
     adapters.save(tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)["state"]
     assert all(".lora." in name for name in state)   # no frozen storage
@@ -266,7 +248,7 @@ def test_a_linear_layer_of_any_storage_trains_exports_and_is_not_merged(case, tm
     assert close(again.model.eval()(x), output)
     with pytest.raises(ValueError, match=r"blocks\.\d\.q_proj cannot be merged"):
         adapters.merge()
-    assert torch.equal(model(x), output) and len(adapters_in(model)) == 6        # nothing was touched
+    assert torch.equal(model(x), output) and len(adapters_in(model)) == 6    # not touched
     assert torch.equal(adapters.detach()(x), frozen)
 
 
@@ -552,11 +534,3 @@ def test_adapters_that_come_after_a_compiled_call_are_used():
     assert close(compiled(inputs()), output)
     handle = attach(compiled, Config(rank=2))        # and to a compiled model
     assert "_orig_mod" not in "".join(handle.layers) and close(compiled(inputs()), output)
-
-
-def test_peft_config_of_a_wrapped_model_names_plain_layers(tmp_path):
-    model, adapters = adapted(3)
-    wrap_a_block(model)
-    adapters.export_peft(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "blocks.1.q_proj" in config["target_modules"]

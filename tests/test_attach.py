@@ -113,7 +113,8 @@ def model_with(case):
     return model
 
 
-REFUSED = {"int8": "int8 .*not in memory", "fp8": "float8", "meta": "on meta", "own": "an attribute"}
+REFUSED = {"int8": "int8 .*not in memory", "fp8": "float8", "meta": "on meta",
+           "own": "an attribute"}
 OTHERS = (
     (chain, {"targets": ("query", "head")}, r"'query' names nothing.*: blocks.\*.q_proj.*, head$"),
     (lambda: nn.Sequential(nn.Conv1d(6, 6, 1)), {"targets": "0"}, "'0' names Conv1d.*has: none"),

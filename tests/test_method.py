@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,15 @@ from structlora import (BETA_WARMUP, EDGES_SETTLE, GRADIENT_DECAY, Config, attac
                         gate_mean, gate_rate, gate_strength)
 
 DOUBLE = {"dtype": torch.float64}
+
+
+def test_the_worked_example_of_the_readme_prints_what_stands_there(capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    block = r"```python\n([^`]*dW1[^`]*)```\n.*?```\n(.*?)```"
+    code, printed = re.search(block, text, re.S).groups()
+    with pytest.warns(UserWarning, match="never called"):
+        exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 def gradients(model):
@@ -295,8 +306,9 @@ def test_a_part_follows_the_parameters_whatever_ran_before():
 def test_export_trace_and_vmap_over_samples_and_over_experiments(edges):
     model, _ = adapted(3, edges=edges)
     x, z, wanted = inputs(**DOUBLE), inputs(seed=8), model.eval()(inputs(seed=8))
-    for other in (torch.export.export(model, (inputs(),)).module(), torch.jit.trace(model, inputs())):
-        assert torch.allclose(other(z), wanted, rtol=1e-4, atol=1e-4)    # fused on some processors
+    exported = torch.export.export(model, (inputs(),), strict=False).module()
+    for other in (exported, torch.jit.trace(model, inputs())):   # fused on some processors
+        assert torch.allclose(other(z), wanted, rtol=1e-4, atol=1e-4)
     assert torch.allclose(vmap(model.double())(x), model(x), rtol=1e-9)
     trainable = {n: p.detach() for n, p in model.named_parameters()
                  if p.requires_grad and not n.endswith("probe")}
