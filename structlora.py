@@ -225,12 +225,12 @@ class LayerGraph(nn.Module):
         self.register_load_state_dict_post_hook(LayerGraph.set_probing)
         self.to(device_of(linears[-1]))
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def collect_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [L, r, k] and B [L, d, r] of all layers."""
         return (torch.stack([layer.A for layer in self.layers]),
                 torch.stack([layer.B for layer in self.layers]))
 
-    def gates(self) -> dict[str, torch.Tensor]:
+    def collect_gates(self) -> dict[str, torch.Tensor]:
         """The gates' parameters, [L, S, r] each, of all layers."""
         return {name: torch.stack([layer.gate[name] for layer in self.layers])
                 for name in START[self.config.gate]}
@@ -276,8 +276,8 @@ class LayerGraph(nn.Module):
         """Eq. 7 for all layers: rows A [L, R, k]; columns B [L, d, R], times s M and, if they are
         not random, the mean gates; these weights [L, R]; what is drawn otherwise, [L, R] each."""
         with torch.autocast(self.P.device.type, enabled=False):  # mixing is computed in fp32
-            (A, B), gates, senders, drawn = self.factors(), self.gates(), self.senders(), []
-            s = self.config.alpha / self.config.rank
+            (A, B), gates, senders = self.collect_factors(), self.collect_gates(), self.senders()
+            s, drawn = self.config.alpha / self.config.rank, []
             weight = s * self.mixing(senders, A, B, gates)[..., None] * self.signs       # [L, S, r]
             if self.config.budget:
                 weight = weight * (self.removed == 0)
@@ -348,11 +348,11 @@ class LayerGraph(nn.Module):
 
     def strengths(self) -> torch.Tensor:
         """[L, S, r] what Eq. 8 ranks by, on the CPU; -1, less than any, for those not present."""
-        return gate_strength(self.gates()).float().masked_fill(~self.present(), -1.0).cpu()
+        return gate_strength(self.collect_gates()).float().masked_fill(~self.present(), -1.0).cpu()
 
     def rates(self) -> torch.Tensor:
         """R_l in nats [L] (Eq. 3)."""
-        return (gate_rate(self.gates()) * self.present()).sum((1, 2))
+        return (gate_rate(self.collect_gates()) * self.present()).sum((1, 2))
 
     def begin_pass(self, module: nn.Module, inputs: tuple) -> None:
         """A pass is a call of the outermost module that holds two of the layers. Before it all
@@ -539,8 +539,8 @@ class StructLoRA:
         result, drift = {key: {} for key in keys}, 0.0
         cosines = {"update_cosine": [], "gradient_cosine": []}
         for graph in self.graphs:
-            gates, kind, senders = graph.gates(), kind_of(graph.names[0]), graph.senders()
-            mixing = graph.mixing(senders, *graph.factors(), gates)              # [L, S]
+            gates, kind, senders = graph.collect_gates(), kind_of(graph.names[0]), graph.senders()
+            mixing = graph.mixing(senders, *graph.collect_factors(), gates)              # [L, S]
             A, B, weight, _ = graph.updates(torch.float32, random=False)
             if kind in result["mixing"]:                         # the same name in another shape
                 kind += f" {[B.shape[1], A.shape[2]]}"
@@ -682,8 +682,9 @@ class StructLoRA:
         """attach() as the file says, then its state. Raises ValueError that names the file."""
         with reading(path):
             file = load_torch(path)
-            if not isinstance(file, dict) or file.get("format") != FORMAT:
-                raise ValueError(f"not a file of this version's StructLoRA.save ({FORMAT})")
+            found = file.get("format") if isinstance(file, dict) else None
+            if found != FORMAT:
+                raise ValueError(f"no file of StructLoRA.save: format {found!r}, not {FORMAT!r}")
             adapters = attach(model, Config(**file["config"]))
             try:
                 adapters.load_state(file)
@@ -791,10 +792,11 @@ def check_layer(name: str, linear: nn.Linear, rank: int) -> None:
     plain = getattr(linear.forward, "__func__", None) is nn.Linear.forward
     if hasattr(linear, "lora"):
         reason = "it has an attribute `lora` of its own"
-    elif plain and (linear.weight.is_meta or linear.weight.dtype not in (
-            torch.float32, torch.float16, torch.bfloat16, torch.float64)):
-        reason = (f"its weight is {linear.weight.dtype} on {linear.weight.device}: not in memory, "
-                  "or nothing that nn.Linear can multiply by")
+    elif device_of(linear).type == "meta":
+        reason = "its weight is on the meta device, not in memory"
+    elif plain and linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16,
+                                               torch.float64):
+        reason = f"its weight is {linear.weight.dtype}, which nn.Linear cannot multiply by"
     elif rank > size:
         reason = f"rank={rank} is more than {size}, its smaller side"
     if reason:

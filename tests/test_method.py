@@ -58,7 +58,7 @@ def dense(plain, updates, x):
 def mixing(graph):
     """M as the layers use it, [L, L]."""
     senders = graph.senders()
-    M = graph.mixing(senders, *graph.factors(), graph.gates())
+    M = graph.mixing(senders, *graph.collect_factors(), graph.collect_gates())
     return torch.einsum("ls,lsj->lj", M, senders).detach()
 
 
