@@ -260,15 +260,26 @@ def test_positions_are_resized_by_the_bicubic_kernel_and_the_class_token_is_not(
 
 # --- bad checkpoints (test_bad_input.py damages good ones at random)
 
-@pytest.mark.parametrize("change, word", (
-    ({"blocks.1.norm2.bias": None}, "blocks.1.norm2.bias"),
-    ({"norm.bias": torch.full((32,), float("nan"))}, "norm.bias"),
+@pytest.mark.parametrize("content, word", (
+    ({"blocks.1.norm2.bias": None}, "blocks.1.norm2.bias is missing; read are"),
+    ({"norm.bias": torch.full((32,), float("nan"))}, "norm.bias has NaN"),
     ({"blocks.0.attn.qkv.weight": torch.ones(95, 32)}, "q_proj|k_proj|v_proj"),
-    ({"head.weight": torch.ones(5, 32, dtype=torch.int8)}, "quantised")))
-def test_a_bad_pth_is_refused_by_name(change, word, tmp_path):
-    state = as_timm(weights(SMALL)) | change
-    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=f"vit.pth: .*({word})"):
+    ({"head.weight": torch.ones(5, 32, dtype=torch.int8)}, "quantised"),
+    ({"dist_token": torch.ones(1, 1, 32)}, "dist_token is no part of a plain ViT.*read are"),
+    ({"blocks.1.ls1.gamma": torch.ones(32)}, "blocks.1.ls1.gamma is no part.*read are"),
+    ({"fc_norm.weight": torch.ones(32), "norm.weight": None}, "fc_norm.weight is no part.*read"),
+    (lambda t: {"state_dict": {f"model.{name}": x for name, x in t.items()}, "epoch": 3},
+     "model.cls_token is no part.*read are"),                    # Lightning's
+    (lambda t: {"student": t, "teacher": t, "epoch": 3}, "holds student, teacher, epoch; read are"),
+    (lambda t: {"model": t, "args": argparse.Namespace(lr=1)},
+     r"more than tensors.*torch.save\({'model': torch.load\('vit.pth', weights_only=False\)\['mod"),
+    (lambda t: 3, "cls_token is missing; read are")))
+def test_a_pth_of_another_kind_is_refused_by_what_it_holds(content, word, tmp_path):
+    state = as_timm(weights(SMALL))
+    state = content(state) if callable(content) else {
+        name: t for name, t in (state | content).items() if t is not None}
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'vit.pth'}: .*({word})"):
         load_vit(tmp_path / "vit.pth", num_heads=4)
 
 
@@ -280,29 +291,9 @@ def test_pre_logits_go_with_the_head(tmp_path):
     assert load_vit(tmp_path / "21k.npz", num_classes=7).head.out_features == 7
 
 
-@pytest.mark.parametrize("content, word", (
-    ({"dist_token": torch.ones(1, 1, 32)}, "dist_token is no part of a plain ViT.*read are"),
-    ({"blocks.1.ls1.gamma": torch.ones(32)}, "blocks.1.ls1.gamma is no part.*read are"),
-    ({"fc_norm.weight": torch.ones(32), "norm.weight": None}, "fc_norm.weight is no part.*read"),
-    ({"blocks.0.norm1.bias": None}, "blocks.0.norm1.bias is missing.*read are"),
-    (lambda t: {"state_dict": {f"model.{name}": x for name, x in t.items()}, "epoch": 3},
-     "model.cls_token is no part.*read are"),                    # Lightning's
-    (lambda t: {"student": t, "teacher": t, "epoch": 3}, "holds student, teacher, epoch; read are"),
-    (lambda t: {"model": t, "args": argparse.Namespace(lr=1)},
-     r"a Namespace.*torch.save\({'model': torch.load\('vit.pth', weights_only=False\)\['model'"),
-    (lambda t: 3, "holds .*read are")))
-def test_a_pth_of_another_kind_is_refused_by_what_it_holds(content, word, tmp_path):
-    state = as_timm(weights(SMALL))
-    state = content(state) if callable(content) else {
-        name: t for name, t in (state | content).items() if t is not None}
-    torch.save(state, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=f"^{tmp_path / 'vit.pth'}: .*{word}"):
-        load_vit(tmp_path / "vit.pth")
-
-
 @pytest.mark.parametrize("settings, word", (
     ({"hidden_act": "relu"}, "hidden_act is 'relu'; only 'gelu'"), ({"model_type": "deit"}, "deit"),
-    ({"num_attention_heads": 5}, "5 heads"), ({"image_size": 32}, "size 32 for a model of 16 x 16"),
+    ({"num_attention_heads": 5}, "5 heads"),
     ({"use_mask_token": True}, "use_mask_token: not known"),
     ({"id2label": {0: "a"}}, "names 1 classes"),
     ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "is no plain ViT"),
@@ -320,11 +311,11 @@ AS_SAID, PLAIN = NORMALISED["huggingface"], ((0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.parametrize("settings, expected", (
-    ({"size": 16, "rescale_factor": 0.00392156862745098, "do_resize": True}, AS_SAID),
+    ({"size": {"shortest_edge": 18}, "crop_size": 16, "rescale_factor": 0.00392156862745098,
+      "do_resize": True}, AS_SAID),
     ({"do_normalize": False}, PLAIN), ({"image_mean": None}, HALF), ({"do_pad": False}, AS_SAID),
     ({"do_rescale": False}, "do_rescale is False"),
     ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
-    ({"size": {"shortest_edge": 18}, "crop_size": 16}, "size 18 for a model of 16 x 16"),
     ({"do_pad": True}, "do_pad: not known"), ({"image_std": [0, 1, 1]}, "deviation"),
     ({"image_mean": [1.0]}, "mean")))
 def test_preprocessor_config_is_honoured_or_refused_by_name(settings, expected, tmp_path, capsys):
@@ -339,8 +330,6 @@ def test_preprocessor_config_is_honoured_or_refused_by_name(settings, expected, 
         assert "(0.485, 0.456, 0.406)" not in capsys.readouterr().out
         config = load_vit(folder, normalise="imagenet").config
         assert (config.mean, config.std) == NORMALISED["deit"]
-        with pytest.raises(ValueError, match="--normalise clip: must be one of half, imagenet"):
-            load_vit(folder, normalise="clip")
 
 
 def test_a_backbone_without_a_head_is_taken_for_dinos(tmp_path, capsys):
@@ -384,7 +373,7 @@ OLD = ("pytorch_model-00001-of-00003.bin", "pytorch_model-00003-of-00003.bin")
 @pytest.mark.parametrize("there, chosen", (
     (("pytorch_model.bin", *PARTS, "index", "pytorch_model-ema.bin"), "pytorch_model.bin"),
     ((*PARTS, *OLD, "index"), PARTS), ((PARTS[0], "index"), f"{PARTS[1]}: missing"),
-    (PARTS, PARTS), (PARTS[:1], f"{PARTS[1]}: missing"), ((*PARTS, *OLD), "which"),
+    (PARTS, PARTS), (PARTS[:1], f"{PARTS[1]}: missing"), ((*PARTS, *OLD), ".bin: missing; there are .*00003.bin"),
     ((*PARTS, "model.safetensors"), PARTS), (("model.safetensors",), "safetensors are not read"),
     (("adapter_config.json", "adapter_model.bin"), "an adapter of PEFT"),
     (("pytorch_model-ema.bin",), "pytorch_model.bin")))
@@ -481,21 +470,14 @@ def test_npz_images_with_and_without_a_test_part(tmp_path):
     assert read_images(tmp_path / "a.npz")[1][1].tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("part", ("", "test", "val", "valid", "validation"))
-def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
+def test_pictures_in_class_folders_are_squares(tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    with pytest.raises(ValueError, match=f"^{tmp_path}: no folder of CIFAR binaries"):
-        read_images(tmp_path)                        # empty so far
-    for top in ("train", part) if part else ("",):
-        for name in ("blue", "red", ".ipynb_checkpoints", "empty"):
-            (tmp_path / top / name).mkdir(parents=True)
-            for i in range(6 if name in ("blue", "red") else 0):
-                Image.new("RGB", (30 + i, 20), name).save(tmp_path / top / name / f"{i}.PNG")
-        (tmp_path / top / ".ipynb_checkpoints" / "a.png").write_bytes(b"no picture")
-        (tmp_path / top / "red" / "notes.txt").write_text("no picture")
+    for name in ("blue", "red"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            Image.new("RGB", (30 + i, 20), name).save(tmp_path / name / f"{i}.PNG")
     train, test, names = read_images(tmp_path)
-    assert names == ["blue", "red"]
-    assert (len(train[1]), len(test[1])) == ((12, 12) if part else (10, 2))
+    assert names == ["blue", "red"] and (len(train[1]), len(test[1])) == (10, 2)
     assert len(train_vit.take(train, torch.tensor([3]))[0]) == 1
     red = [train_vit.square(f, 8) for f, label in zip(*train) if label == 1]
     assert all((x[0] > 250).all() and (x[2] < 5).all() and x.shape == (3, 8, 8) for x in red)
@@ -503,22 +485,23 @@ def test_class_folders_pass_over_what_is_no_class(part, tmp_path):
 
 @pytest.mark.parametrize("tree, expected", (
     ("a/images/0.jpg a/images/x/1.JFIF b/2.pgm b/3.webp", "a a b b"),    # one folder deeper
-    ("Train/a/0.png Train/b/1.png Test/a/2.png", "a b a"),
+    ("Train/a/0.png Train/b/1.png Test/a/2.png Train/.ipynb_checkpoints/3.png", "a b a"),
+    ("train/a/0.png train/b/1.png train/c/notes.txt valid/a/2.png", "a b a"),
     ("train/a/0.png train/b/1.png eval/b/2.png", "a b b"),
     ("train/a/0.png train/b/1.png test/2.png val/a/3.png", "a b a"),     # test/ is unlabelled
     ("train/a/0.png train/b/1.png test/images/2.png val/a/3.png", "a b a"),
     ("train/a/0.png train/b/1.png validation/a/2.png dev/b/3.png labels/a.txt", "a b a"),
     ("train/a/0.png train/b/1.png holdout/a/2.png", "holdout"),
     ("train/a/0.png train/b/1.png val/a/2.png val/c/3.png", "class c is only in the test part"),
-    ("train/a/0.png train/b/1.png test/2.png", "test: no folders of the classes"),
+    ("train/a/0.png train/b/1.png test/2.png", "holds test, train; read are"),
     ("test/a/0.png test/b/1.png", "train and one of"),
-    ("images/0.png images/1.png", "only one class"),
-    ("0.png 1.png", "no folder of CIFAR binaries")))
+    ("images/0.png images/1.png", "only 1 class"),
+    ("0.png 1.png", "no pictures in folders; read are CIFAR binaries")))
 def test_folders_are_read_as_imagefolder_does_or_refused(tree, expected, tmp_path, capsys):
     for name in tree.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    if "only one" in expected or not set(expected) <= {*"abc "}:
+    if "only 1" in expected or not set(expected) <= {*"abc "}:
         with pytest.raises(ValueError, match=f"^{tmp_path}: .*{expected}"):
             read_images(tmp_path)
     else:
