@@ -13,7 +13,6 @@ Order of this file: model, loop and main, checkpoints, data, demo, what the thre
 
 import argparse
 import copy
-import dataclasses
 import glob
 import hashlib
 import json
@@ -25,9 +24,8 @@ import signal
 import sys
 import time
 from collections import defaultdict, namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -275,10 +273,15 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
         read = read_folder if path.is_dir() else read_google if path.suffix == ".npz" else read_pth
         t, known = read(path)                        # tensors, and what the file says of ViTConfig
         check_tensors(t)
-        (width, _, patch, _), tokens = t["patch_embed.weight"].shape, t["pos_embed"].shape[1]
-        depth, size = sum("norm1.weight" in name for name in t), math.isqrt(tokens - 1) * patch
-        if image_size not in (None, size):
-            t["pos_embed"], size = resized(t["pos_embed"], image_size, patch), image_size
+        (width, _, patch, _), positions = t["patch_embed.weight"].shape, t["pos_embed"]
+        side = math.isqrt(positions.shape[1] - 1)
+        size, depth = image_size or side * patch, sum("norm1.weight" in name for name in t)
+        if size % patch:
+            raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
+        if size != side * patch:                     # the class token's, the first, stays
+            grid = positions[:, 1:].mT.unflatten(2, (side, -1))                  # [1, D, S/P, S/P]
+            grid = F.interpolate(grid, (size // patch,) * 2, mode="bicubic", align_corners=False)
+            t["pos_embed"] = torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
         guess = known.pop("guess", False) and not asked
         usual = 16 if width in WIDE else max(1, width // 64)
         known |= {"heads": num_heads or known.get("heads", usual), **asked}
@@ -338,17 +341,6 @@ def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, co
               "head.bias": torch.zeros(count)}
     print(f"{path}: {how}")
     return names
-
-
-def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
-    """Position embeddings [1, 1 + grid^2, D], the class token's first, for size x size pixels."""
-    grid, rest = divmod(size, patch)
-    if rest:
-        raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
-    old = positions[:, 1:].mT                                            # [1, D, old grid^2]
-    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))
-    new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], new.flatten(2).mT], 1)
 
 
 def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -476,8 +468,8 @@ def take(data: tuple, indices: torch.Tensor) -> tuple:
 
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
-    """CIFAR-10 (data_batch_1.bin ..., test_batch.bin) or CIFAR-100 (train.bin, test.bin; the coarse
-    and the fine label, of which the last counts), with the classes' names if they are there."""
+    """CIFAR-10 (data_batch_1.bin ..., test_batch.bin) or CIFAR-100 (train.bin, test.bin), with the
+    classes' names if they are there. A row is the label (two, of which the last counts), pixels."""
     labels, classes, meta = 1, 10, folder / "batches.meta.txt"
     count = len([*folder.glob("data_batch_*.bin")])
     data, parts = [], [[f"data_batch_{n + 1}.bin" for n in range(count)], ["test_batch.bin"]]
@@ -485,7 +477,16 @@ def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
         labels, classes, meta = 2, 100, folder / "fine_label_names.txt"
         parts = [["train.bin"], ["test.bin"]]
     for part in parts:
-        rows = torch.cat([read_batch(folder / name, labels, classes) for name in part])
+        batches = []
+        for path in [folder / name for name in part]:
+            with reading(path):
+                rows = np.fromfile(path, np.uint8)
+                if not rows.size or rows.size % (labels + 3072):
+                    raise ValueError(f"empty, cut short, or not rows of {labels + 3072} bytes")
+                batches.append(torch.from_numpy(rows).view(-1, labels + 3072))
+                if (most := batches[-1][:, labels - 1].max()) >= classes:
+                    raise ValueError(f"label {most} of {classes} classes")
+        rows = torch.cat(batches)
         data.append((rows[:, labels:].reshape(-1, 3, 32, 32), rows[:, labels - 1].long()))
     names = [str(n) for n in range(classes)]
     if meta.exists():
@@ -493,18 +494,6 @@ def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
     if len(names) != classes:
         raise ValueError(f"{meta.name} names {len(names)} classes, not {classes}")
     return data, names
-
-
-def read_batch(path: Path, labels: int, classes: int) -> torch.Tensor:
-    """One CIFAR file: uint8 rows of `labels` bytes and 3,072 of pixels."""
-    with reading(path):
-        rows = np.fromfile(path, np.uint8)
-        if not rows.size or rows.size % (labels + 3072):
-            raise ValueError(f"empty, cut short, or not rows of {labels + 3072} bytes")
-        rows = torch.from_numpy(rows).view(-1, labels + 3072)
-        if rows[:, labels - 1].max() >= classes:
-            raise ValueError(f"label {rows[:, labels - 1].max()} of {classes} classes")
-    return rows
 
 
 def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
@@ -748,15 +737,14 @@ def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[T
     if args.checkpoint:
         changes = PLAIN if args.method == "lora" else {}
         table = [("checkpoint", f"{args.method} r={r}", changes)] * (not args.eval_only)
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    given = {field.name: getattr(args, field.name) for field in fields(Config)}
     return [Trial(name, Path(args.out, "" if args.checkpoint else key),
-                  Config(**fields | changes), args.lr or learning_rates[key])
+                  Config(**given | changes), args.lr or learning_rates[key])
             for key, name, changes in table]
 
 
 def check_config(model: nn.Module, config: Config) -> None:
-    """Raises ValueError if `model` cannot be adapted like this: known before files are written and
-    anything long starts. Attaches and removes adapters, which leaves no trace."""
+    """Raises ValueError if `model` cannot be adapted so, before anything long; leaves no trace."""
     attach(model, config).detach()
 
 
@@ -788,7 +776,7 @@ def only(record: dict, known: tuple | dict, ignored: tuple = (), what: str = "")
             raise ValueError(f"{what} {key} is {value!r}; only {wanted!r} is read".lstrip())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path):
     """The value of a .json file, which is named if it is none."""
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
@@ -815,8 +803,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder / missing[0]}: missing; there are {', '.join(names)[:200]}")
     if any(name.endswith(".safetensors") for name in names):
-        print(f"{folder}: {chosen[0]} is read{', and so on' * (len(chosen) > 1)}; the safetensors "
-              "beside it are not")
+        print(f"{folder}: {chosen[0]} ... are read; the safetensors beside them are not")
     return [folder / name for name in chosen]
 
 
@@ -887,11 +874,10 @@ def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict],
 def costs(adapters: StructLoRA, lines: list[dict]) -> dict[str, str]:
     """What a run took, for its row of the table; the merged rank is a mean over the layers. To be
     called before merge() or detach()."""
-    told = adapters.diagnostics()
+    told, times = adapters.diagnostics(), sorted(line["ms"] for line in lines)
     kept, rate = told["kept"].values(), sum(told["rate"].values())
     edges = sum(int((mixing != 0).sum()) for mixing in told["mixing"].values())
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
-    times = sorted(line["ms"] for line in lines)
     return {"trainable": f"{trainable:,}", "merged rank": f"{sum(kept) / len(kept):.1f}",
             "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{edges * adapters.config.rank}",
             "ms/step": f"{times[len(times) // 2]:.1f}"}
@@ -911,7 +897,7 @@ def print_table(rows: list[dict[str, str]]) -> None:
         print("|", " | ".join(row.get(c, "-").rjust(widths[c]) for c in columns), "|", flush=True)
 
 
-def exit_status(main: Callable[[], None]) -> int:
+def exit_status(main) -> int:
     """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130. What the
     console cannot print is escaped: a name must not end a run."""
     for stream in (sys.stdout, sys.stderr):
