@@ -6,8 +6,8 @@
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
 --checkpoint reads LLaVA-1.5 as its authors publish it (pytorch_model-*.bin, config.json), with
-CLIP's folder as --vision-checkpoint, and what --merge writes. --data: LLaVA's conversations (.json,
-.jsonl), COCO's captions, VQAv2's or OK-VQA's questions and annotations, a file or a folder of them.
+CLIP's folder as --vision-checkpoint, and what --merge writes. --data: LLaVA's conversations, COCO's
+captions, VQAv2's or OK-VQA's questions and annotations: a .json or a folder of them.
 """
 
 import copy
@@ -38,10 +38,9 @@ OPTIONS = {                          # beside those of all scripts: default, or 
     "vision_checkpoint": (str, "CLIP's folder"), "tune_vision": (False, "adapt the tower too"),
     "images": (str, "folder of the pictures (that of --data)"),
     "tokenizer": (str, "its tokenizer.model (in the folder of --checkpoint)"),
-    "tune_projector": (False, "train the projector too"),
     "test_examples": (2000, "examples to test on, at most"),
     "gradient_checkpointing": (False, "recompute blocks in the backward pass: less memory"),
-    "out": ("out/llava", "folder for all results")}
+    "tune_projector": (False, "train it too"), "out": ("out/llava", "folder for all results")}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -64,8 +63,8 @@ class Tower(nn.Module):
         c = self.config = config
         self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
-        patches = (c.image_size // c.patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, c.width))
+        places = 1 + (c.image_size // c.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, c.width))
         self.norm_pre = nn.LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(ClipBlock(c) for _ in range(c.depth))
 
@@ -101,18 +100,17 @@ class Llava(llama.Llama):
     def splice(self, images, tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [N, S, D], and the last place of each token in them [N, T]. Raises ValueError
         if pictures and IMAGE_TOKENs differ in number."""
-        pictured, M = tokens == IMAGE_TOKEN, 0 if images is None else len(images)
-        if M != int(pictured.sum()):
-            raise ValueError(f"{M} images for {int(pictured.sum())} image tokens ({IMAGE_TOKEN})")
-        P = self.model.vision_tower.pos_embed.shape[1] - 1
-        places = torch.where(pictured, P, 1)                     # that each token takes, [N, T]
+        P, M = self.model.vision_tower.pos_embed.shape[1] - 1, 0 if images is None else len(images)
+        places = torch.where(tokens == IMAGE_TOKEN, P, 1)        # that each token takes, [N, T]
         rows = [row.repeat_interleave(each) for row, each in zip(tokens, places)]
         tokens = pad_sequence(rows, batch_first=True)                            # [N, S]
         pictured = tokens == IMAGE_TOKEN
-        if not M:    # a blank picture of which nothing is used, as in LLaVA's code: gradients reach
-            images = torch.zeros(1, 3, *[self.vision.image_size] * 2, device=tokens.device)  # all
-        features = self.model.mm_projector(self.model.vision_tower(images))      # [M, P, D]
+        if M * P != int(pictured.sum()):
+            raise ValueError(f"{M} images for {pictured.sum() // P} image tokens ({IMAGE_TOKEN})")
         words = self.model.embed_tokens(tokens.masked_fill(pictured, 0))         # [N, S, D]
+        if not M:    # a blank picture of which nothing is used, as in LLaVA's code: gradients reach
+            images = words.new_zeros(1, 3, *[self.vision.image_size] * 2)        # the tower anyhow
+        features = self.model.mm_projector(self.model.vision_tower(images))      # [M, P, D]
         x = words.masked_scatter(pictured[:, :, None], features.to(words.dtype))
         return x, places.cumsum(1) - 1
 
@@ -256,7 +254,6 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
           "gives helpful, detailed, and polite answers to the user's questions. ")
 SHORT = "\nAnswer the question using a single word or phrase."
 CAPTION = "<image>\nProvide a one-sentence caption for the provided image."
-KINDS = (".json", ".jsonl", ".ndjson")
 # What stands in questions for pictures, films and sounds that are not read.
 MEDIA = r"<\|?(?!image>)(?i:image|img|video|audio|speech|vision)\w*\|?>"
 TEXTS = {"value", "question", "caption", "answer", "multiple_choice_answer", "file_name"}
@@ -269,21 +266,22 @@ def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list,
     """(training, test) examples of a file, or of those in a folder, of which *val*, *test*, *dev*
     are for testing; without these every tenth picture's are. Raises ValueError that names the file
     and the record, or the first missing picture."""
-    path, files, tests = Path(path), [Path(path)], []
+    path, tests = Path(path), []
+    files = [*path.glob("[!.]*")] if path.is_dir() else [path]
+    files = sorted(file for file in files if file.suffix.lower() == ".json")
+    if not files:
+        raise ValueError(f"{path}: expected a .json file or a folder of them")
     if path.is_dir():                # by whole words: latest_train2014.json is no test
-        files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in KINDS)
         words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
         tests = [f for f in files if "train" not in words[f] and words[f] & {*vit.TEST}]
-    if not files:
-        raise ValueError(f"{path}: has no files that end in {', '.join(KINDS)}")
     images = Path(images or (path if path.is_dir() else path.parent))
     train, test = (find_pictures(read_examples(part), images)
                    for part in ([file for file in files if file not in tests], tests))
     if not tests:
-        pictures = sorted({e.image for e in train if e.image})
-        if len(pictures) < 2:
-            raise ValueError(f"{path}: {len(pictures)} picture(s): none to hold out; add *val*.json")
-        held = {*pictures[::10]}
+        names = sorted({e.image for e in train if e.image})
+        if len(names) < 2:
+            raise ValueError(f"{path}: {len(names)} picture(s): none to hold out; add *val*.json")
+        held = {*names[::10]}
         test = [e for e in train if e.image in held]
         train = [e for e in train if e.image not in held]
     if not test or not any(answer for e in train for _, answer in e.turns):
@@ -295,29 +293,23 @@ def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list,
 
 
 def read_examples(files: list[Path]) -> list[Example]:
-    """Examples of files, each told by its content; VQA's answers may be in any of them."""
-    contents, answers, examples = {file: read_content(file) for file in files}, {}, []
+    """Examples of files: a list of LLaVA's conversations, or an object of COCO's or VQA's. VQA's
+    answers may be in any of the files."""
+    contents, answers, examples = {}, {}, []
+    known = ("conversations", "images", "annotations", "questions", "data_subtype")
+    for file in files:
+        with reading(file):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+            content = {"conversations": content} if isinstance(content, list) else content
+            if not isinstance(content, dict) or not content.keys() & {*known}:
+                raise ValueError("expected a list of LLaVA's conversations, or an object of COCO's "
+                                 f"captions, VQA's questions or annotations: {content!r:.60}")
+            vit.only(content, known, FILE, "COCO's or VQA's object:")
+            contents[file] = content
     for file in sorted(files, key=lambda file: "questions" in contents[file]):   # after the answers
         with reading(file):
             examples += parse(contents[file], answers)
     return examples
-
-
-def read_content(file: Path) -> dict:
-    """COCO's or VQA's object, or {"conversations": records} of a list or of JSON Lines."""
-    known = ("images", "annotations", "questions", "data_subtype")
-    with reading(file):
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() != ".json":                       # an error names the line
-            text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        content = json.loads(text)
-        if isinstance(content, list):
-            return {"conversations": content}
-        if not isinstance(content, dict) or not content.keys() & {*known}:
-            raise ValueError("expected a list of LLaVA's conversations, or an object of COCO's "
-                             f"captions, VQA's questions or annotations; found {content!r:.60}")
-        vit.only(content, known, FILE, "COCO's or VQA's object:")
-        return content
 
 
 def fields(record: Any, names: str, more: tuple = ()) -> list:
@@ -466,7 +458,7 @@ def normalise(text: str) -> str:
 def vqa_accuracy(answer: str, references: list[str]) -> float:
     """VQA accuracy v2 (Antol et al. 2015): min(1, agreeing / 3), a mean over leaving out each
     reference in turn. Both sides are normalised, as LLaVA does before it submits; the official
-    script leaves both as they are if all references are equal. Raises ValueError without any."""
+    script leaves equal references as they are. Raises ValueError without any."""
     said, wanted = normalise(answer), [normalise(reference) for reference in references]
     if not wanted:
         raise ValueError("vqa_accuracy needs at least one reference")
@@ -489,8 +481,7 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
     frequency = Counter(gram for counts in wanted for gram in set().union(*counts))
     total = 0.0
     for text, texts in zip(candidates, wanted):
-        mine = grams(text)
-        each = [similarity(mine, counts, frequency, len(wanted)) for counts in texts]
+        each = [similarity(grams(text), counts, frequency, len(wanted)) for counts in texts]
         total += 10 * sum(each) / len(each)
     return total / len(wanted)
 

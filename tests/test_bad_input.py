@@ -95,11 +95,6 @@ def put_conversations(folder):
     return put(folder / "a.json", [test_llava.chat(name, "<image>a", "b") for name in names])
 
 
-def put_lines(folder):
-    lines = "\n".join(map(json.dumps, json.loads(put_conversations(folder).read_text())))
-    return put(folder / "a.jsonl", lines.encode())
-
-
 def put_index(folder):
     folders = test_llava.write(folder / "x")
     test_llava.write_index(folders[0])
@@ -173,7 +168,6 @@ READERS = {
                        "x/clip/preprocessor_config.json"),
     "llava index": (put_index, load_llava, "x/llava/pytorch_model.bin.index.json"),
     "conversations": (put_conversations, train_llava.read_data, "a.json"),
-    "conversation lines": (put_lines, train_llava.read_data, "a.jsonl"),
     "vqa questions": (put_vqa, read_vqa, "train_questions.json"),
     "vqa annotations": (put_vqa, read_vqa, "train_annotations.json"),
     "adapter": (put_adapter, load_and_train, "adapter.pt")}

@@ -370,15 +370,14 @@ def test_okvqas_answer_is_the_most_frequent_one(tmp_path):
     assert example.turns[0][1] == "cat"
 
 
-def test_lines_of_json_are_read_as_a_list_and_texts_as_utf8(tmp_path):
+def test_texts_are_utf8_and_lines_of_json_are_refused(tmp_path):
     chats = [chat(f"{i}.png", "<image>\nWo?", "M\u00fcnchen\u2028") for i in range(4)]
-    put(tmp_path, *[f"{i}.png" for i in range(4)], a=chats)
-    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in chats)
-    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8-sig")
-    read = [read_data(tmp_path / name) for name in ("a.json", "b.jsonl")]
-    assert read[0] == read[1] and read[0][0][0].turns[0][1] == "M\u00fcnchen\u2028"
-    (tmp_path / "b.jsonl").write_text(lines[:-9], encoding="utf-8")
-    with pytest.raises(ValueError, match="b.jsonl: .*line 4 "):
+    put(tmp_path, *[f"{i}.png" for i in range(4)])
+    text = json.dumps(chats, ensure_ascii=False)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")         # as Windows writes it
+    assert read_data(tmp_path / "a.json")[0][0].turns[0][1] == "M\u00fcnchen\u2028"
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="b.jsonl: expected a .json file"):
         read_data(tmp_path / "b.jsonl")
 
 
@@ -419,8 +418,8 @@ ASKED, KARPATHY = {"question_id": 3, "image_id": 5, "question": "What?"}, {
     ([chat("", "hm\n<|image_1|>", "b")], r"record 1: <\|image_1\|>"),
     ([chat("a.mp4", "<image>a", "b")], "record 1: 'a.mp4' is no picture"),
     ([[25, 26]], r"record 1: expected a record of conversations, found \[25, 26\]"),
-    ({"data": [], "dataset_name": "textvqa"}, "expected a list of LLaVA's .* found {'data': .*tv"),
-    ({"201": {"question": "x"}}, "expected a list of LLaVA's .* found {'201'"),
+    ({"data": [], "dataset_name": "textvqa"}, "expected a list of LLaVA's .*: {'data': .*tv"),
+    ({"201": {"question": "x"}}, "expected a list of LLaVA's .*: {'201'"),
     ({"images": [KARPATHY], "dataset": "coco"}, "COCO's or VQA's object: dataset: not known"),
     ({"questions": [ASKED | {"multiple_choices": ["a", "b"]}]}, "multiple_choices: not known"),
     ({"annotations": [{"image_id": 5, "text": "x"}]}, "expected a record of image_id and caption"),
@@ -525,7 +524,7 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, real, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--vision-checkpoint", "gone"], "gone"), (["--images", "gone"], "gone: has no 0.png"),
-    (["--data", "gone"], "gone"), (["--data", "net"], "has no files that end in .json, .jsonl"),
+    (["--data", "gone"], "gone"), (["--data", "net"], "expected a .json file or a folder"),
     (["--tokenizer", "gone"], "gone")])
 def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, arguments, message):
     status, _, err = cli(train_llava, *real, "--out", "new", *arguments)
