@@ -15,7 +15,8 @@ import torch
 
 import train_vit
 from helpers import DATA, waves
-from train_vit import ViT, ViTConfig, choose, draw, load_vit, prepare, read_images, save_vit
+from train_vit import (ViT, ViTConfig, batch_indices, choose, draw, load_vit, prepare, read_images,
+                       save_vit)
 
 SIZES = {"small": ViTConfig(16, 4, 32, 2, 4, 64, 5),
          "one block": ViTConfig(32, 8, 48, 1, 3, 96, 3),
@@ -27,11 +28,10 @@ EXPECTED = {
     "wide epsilon": [[2.846409, -1.172914, -1.373858, -1.040013],
                      [2.415757, -0.725273, -0.426356, 1.192064]]}
 SMALL, HALF = SIZES["small"], ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISED = {       # family -> mean and deviation of its pictures
     "google": HALF, "timm": HALF, "compiled": HALF,
-    "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "torchvision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "torchvision 0.12": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "deit": IMAGENET, "torchvision": IMAGENET, "torchvision 0.12": IMAGENET,
     "timm's hub": ((0.4, 0.3, 0.2), (0.3, 0.2, 0.1)),
     "huggingface": ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
 
@@ -114,17 +114,23 @@ def as_google(state, heads):
     return google
 
 
+def write_folder(folder, state, **config):
+    """pytorch_model.bin and config.json."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_huggingface(folder, config, **more):
     """As transformers writes and reads it: oracle() does."""
-    folder.mkdir(exist_ok=True)
     state = {renamed(name, HUGGINGFACE): tensor for name, tensor in weights(config).items()}
-    torch.save(state, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(
-        {"model_type": "vit", "num_attention_heads": config.heads, "hidden_act": "gelu",
-         "layer_norm_eps": config.eps, "hidden_size": config.width, "patch_size": config.patch_size,
-         "num_hidden_layers": config.depth, "intermediate_size": config.mlp,
-         "image_size": config.image_size, "id2label": dict.fromkeys(range(config.classes), "a"),
-         **more}))
+    write_folder(folder, state, **{
+        "model_type": "vit", "num_attention_heads": config.heads, "hidden_act": "gelu",
+        "layer_norm_eps": config.eps, "hidden_size": config.width, "patch_size": config.patch_size,
+        "num_hidden_layers": config.depth, "intermediate_size": config.mlp,
+        "image_size": config.image_size, "id2label": dict.fromkeys(range(config.classes), "a"),
+        **more})
     write_processor(folder, size={"height": config.image_size, "width": config.image_size})
     return folder
 
@@ -136,15 +142,12 @@ def write_processor(folder, **settings):
 
 def write_timm(folder, config, **more):
     """As timm saves a model for its hub."""
-    folder.mkdir(exist_ok=True)
-    torch.save(as_timm(weights(config)), folder / "pytorch_model.bin")
     mean, std = NORMALISED["timm's hub"]
-    (folder / "config.json").write_text(json.dumps(
-        {"architecture": "vit_tiny_patch4_16", "num_classes": config.classes,
-         "global_pool": "token", "num_features": config.width, "pretrained_cfg": {
-             "input_size": [3, config.image_size, config.image_size], "mean": mean, "std": std,
-             "interpolation": "bicubic", "crop_pct": 0.9}, **more}))
-    return folder
+    return write_folder(folder, as_timm(weights(config)), **{
+        "architecture": "vit_tiny_patch4_16", "num_classes": config.classes,
+        "global_pool": "token", "num_features": config.width, "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size], "mean": mean, "std": std,
+            "interpolation": "bicubic", "crop_pct": 0.9}, **more})
 
 
 def write(family, folder, config):
@@ -329,14 +332,14 @@ def test_preprocessor_config_is_honoured_or_refused_by_name(settings, expected, 
         assert (config.mean, config.std) == expected
         assert "(0.485, 0.456, 0.406)" not in capsys.readouterr().out
         config = load_vit(folder, normalise="imagenet").config
-        assert (config.mean, config.std) == NORMALISED["deit"]
+        assert (config.mean, config.std) == IMAGENET
 
 
 def test_a_backbone_without_a_head_is_taken_for_dinos(tmp_path, capsys):
     state = {name: t for name, t in as_timm(weights(SMALL)).items() if "head" not in name}
     torch.save(state, tmp_path / "dino.pth")
     model = load_vit(tmp_path / "dino.pth", names=["cat", "dog"])
-    assert model.config.mean == NORMALISED["deit"][0] and model.head.out_features == 2
+    assert model.config.mean == IMAGENET[0] and model.head.out_features == 2
     assert "a new head for 2 classes" in capsys.readouterr().out
     assert load_vit(tmp_path / "dino.pth", 3, normalise="half").config.mean == HALF[0]
 
@@ -373,7 +376,8 @@ OLD = ("pytorch_model-00001-of-00003.bin", "pytorch_model-00003-of-00003.bin")
 @pytest.mark.parametrize("there, chosen", (
     (("pytorch_model.bin", *PARTS, "index", "pytorch_model-ema.bin"), "pytorch_model.bin"),
     ((*PARTS, *OLD, "index"), PARTS), ((PARTS[0], "index"), f"{PARTS[1]}: missing"),
-    (PARTS, PARTS), (PARTS[:1], f"{PARTS[1]}: missing"), ((*PARTS, *OLD), ".bin: missing; there are .*00003.bin"),
+    (PARTS, PARTS), (PARTS[:1], f"{PARTS[1]}: missing"),
+    ((*PARTS, *OLD), "bin: missing; there are .*00003.bin"),
     ((*PARTS, "model.safetensors"), PARTS), (("model.safetensors",), "safetensors are not read"),
     (("adapter_config.json", "adapter_model.bin"), "an adapter of PEFT"),
     (("pytorch_model-ema.bin",), "pytorch_model.bin")))
@@ -434,17 +438,17 @@ def test_cifar_rows_are_label_then_channels(tmp_path):
         assert names[:2] == ["airplane", "automobile"]
         assert train[1].bincount().tolist() == [1000] * 10 and len(test[1]) == 2000
     data = (tmp_path / "test_batch.bin").read_bytes()
-    for content, word in ((data[:-1], "cut short"), (b"\x0b" + data[1:], "label 11"),
-                          (b"", "empty")):
-        for name in ("test_batch.bin", "data_batch_3.bin"):      # the second is missing
-            (tmp_path / "data_batch_2.bin").write_bytes(data)
+    (tmp_path / "data_batch_3.bin").write_bytes(data)            # and no data_batch_2.bin
+    for name, content, word in (("data_batch_2.bin", None, "No such file"),
+                                ("test_batch.bin", data[:-1], "cut short"),
+                                ("test_batch.bin", b"\x0b" + data[1:], "label 11"),
+                                ("data_batch_3.bin", b"", "empty")):
+        if content is not None:
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{tmp_path / name}.*{word}"):
-                read_images(tmp_path)
-            (tmp_path / name).write_bytes(data)
-    (tmp_path / "data_batch_2.bin").unlink()
-    with pytest.raises(ValueError, match="data_batch_2.bin"):
-        read_images(tmp_path)
+        with pytest.raises(ValueError, match=f"{tmp_path / name}.*{word}"):
+            read_images(tmp_path)
+        (tmp_path / "data_batch_2.bin").write_bytes(data)
+        (tmp_path / "test_batch.bin").write_bytes(data)
 
 
 def test_npz_images_with_and_without_a_test_part(tmp_path):
@@ -455,11 +459,11 @@ def test_npz_images_with_and_without_a_test_part(tmp_path):
     np.savez(tmp_path / "a.npz", x=x, y=y, x_test=x[:3], y_test=y[:3])
     train, test, _ = read_images(tmp_path / "a.npz")
     assert len(train[1]) == 10 and torch.equal(test[0][1, 2], torch.from_numpy(x[1, :, :, 2]))
-    for bad in ({"x": x}, {"x": x / 2, "y": y}, {"x": x[..., :1], "y": y}, {"x": x, "y": y[:3]},
-                {"x": x, "y": y - 1}, {"x": x, "y": y / 2}, {"x": x, "y": y, "x_test": x},
-                {"x_train": x, "y_train": y}, {"x": x, "y": y * 0},
-                {"x": x, "y": y, "x_test": x, "y_test": y + 1}):
-        np.savez(tmp_path / "a.npz", **bad)
+    for bad in ({"y": None}, {"x": x / 2}, {"x": x[..., :1]}, {"y": y[:3]}, {"y": y - 1},
+                {"y": y / 2}, {"x_test": x}, {"x_train": x}, {"y": y * 0},
+                {"x_test": x, "y_test": y + 1}):
+        bad = {"x": x, "y": y} | bad
+        np.savez(tmp_path / "a.npz", **{name: a for name, a in bad.items() if a is not None})
         with pytest.raises(ValueError, match="a.npz"):
             read_images(tmp_path / "a.npz")
     (tmp_path / "a.zip").write_bytes((tmp_path / "a.npz").read_bytes())
@@ -539,6 +543,7 @@ def test_shots_are_per_class_seeded_and_short_classes_are_named(capsys):
     assert not torch.equal(chosen, choose(labels, 4, None, seed=1))
     assert labels[choose(labels, None, 0.5, seed=0)].bincount().tolist() == [5, 5, 2]
     assert torch.equal(choose(labels, None, None, seed=0), torch.arange(23))
+    assert not torch.equal(batch_indices(12, 12, 0, 3), batch_indices(12, 12, 0, 4))
 
 
 def test_augmentation_moves_and_flips_each_image_by_whole_pixels():
