@@ -23,27 +23,22 @@ from train_llava import IMAGE_TOKEN, SHORT, Example, collate, encode, load_llava
 SIZES = {"plain": (11, 16, 2, 2, 2, 24, 12, 4, 12, 3, 2),
          "grouped": (9, 24, 1, 4, 2, 20, 10, 5, 8, 2, 1)}
 PLAIN, I = SIZES["plain"], IMAGE_TOKEN
+# What the config.json of liuhaotian/llava-v1.5-7b and of openai's CLIP hold besides sizes, less what
+# is empty (null, false, "", [], {}).
 PUBLISHED_LLAVA = """{"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"],
- "bos_token_id": 1, "eos_token_id": 2, "freeze_mm_mlp_adapter": false, "hidden_act": "silu",
- "freeze_mm_vision_resampler": false, "initializer_range": 0.02, "max_length": 4096,
- "max_position_embeddings": 4096, "mm_hidden_size": 1024, "mm_resampler_type": null,
- "mm_vision_tower": "openai/clip-vit-large-patch14-336", "pad_token_id": 0, "pretraining_tp": 1,
- "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true,
- "transformers_version": "4.31.0", "tune_mm_mlp_adapter": false, "use_mm_proj": true,
- "tune_mm_vision_resampler": false, "unfreeze_mm_vision_tower": false}"""
-PUBLISHED_CLIP = """{"_name_or_path": "", "add_cross_attention": false, "architectures": null,
- "attention_dropout": 0.0, "bad_words_ids": null, "bos_token_id": null, "dropout": 0.0,
- "chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "do_sample": false, "top_p": 1.0,
- "early_stopping": false, "encoder_no_repeat_ngram_size": 0, "id2label": {"0": "LABEL_0"},
- "initializer_factor": 1.0, "initializer_range": 0.02, "is_decoder": false, "torch_dtype": null,
- "is_encoder_decoder": false, "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20,
- "min_length": 0, "model_type": "clip_vision_model", "no_repeat_ngram_size": 0, "num_beams": 1,
- "num_beam_groups": 1, "num_return_sequences": 1, "output_attentions": false, "pruned_heads": {},
- "output_hidden_states": false, "output_scores": false, "prefix": null, "projection_dim": 512,
- "remove_invalid_values": false, "repetition_penalty": 1.0, "return_dict": true, "top_k": 50,
- "return_dict_in_generate": false, "temperature": 1.0, "tie_encoder_decoder": false,
- "tie_word_embeddings": true, "torchscript": false, "transformers_version": "4.16.0.dev0",
- "use_bfloat16": false, "typical_p": 1.0}"""
+ "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02,
+ "max_length": 4096, "max_position_embeddings": 4096, "mm_hidden_size": 1024, "pad_token_id": 0,
+ "mm_vision_tower": "openai/clip-vit-large-patch14-336", "pretraining_tp": 1, "use_cache": true,
+ "torch_dtype": "float16", "transformers_version": "4.31.0", "use_mm_proj": true,
+ "mm_resampler_type": null, "tune_mm_mlp_adapter": false}"""
+PUBLISHED_CLIP = """{"attention_dropout": 0.0, "dropout": 0.0, "chunk_size_feed_forward": 0,
+ "diversity_penalty": 0.0, "encoder_no_repeat_ngram_size": 0, "id2label": {"0": "LABEL_0"},
+ "initializer_factor": 1.0, "initializer_range": 0.02, "label2id": {"LABEL_0": 0}, "top_p": 1.0,
+ "length_penalty": 1.0, "max_length": 20, "min_length": 0, "model_type": "clip_vision_model",
+ "no_repeat_ngram_size": 0, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1,
+ "projection_dim": 512, "repetition_penalty": 1.0, "return_dict": true, "top_k": 50,
+ "temperature": 1.0, "tie_word_embeddings": true, "transformers_version": "4.16.0.dev0",
+ "typical_p": 1.0, "torch_dtype": null, "pruned_heads": {}}"""
 ROWS = [[I, 2, 3], [1, 5, 3, I, 2, 6, 4], [2, I, 3, I, 5], [1, 2, 3, 4]]
 EXPECTED = {           # the first four logits after the last token of each row
     'plain': [[-0.68218, 0.29431, 3.10244, 2.07326], [-0.81646, 0.55838, 3.09021, 1.8429],
@@ -107,12 +102,6 @@ def write(folder, sizes=PLAIN, inside=False, **settings):
               "mm_use_im_start_end": False, "mm_use_im_patch_token": False}
     (folder / "llava" / "config.json").write_text(json.dumps(config | text | settings))
     return folder / "llava", folder / "clip"
-
-
-def write_index(folder):
-    """The list of the shards that are used."""
-    shards = {i: f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
 def load(*arguments, **how):
@@ -275,7 +264,8 @@ def test_what_lies_beside_the_weights_is_not_read(tmp_path):
     folder, clip = write(tmp_path)
     before = load_llava(folder, clip, torch.float32)(*batch(PLAIN, ROWS))
     weights = {"lm_head.weight": torch.ones(11, 16)}
-    write_index(folder)
+    shards = {i: f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
     for path in (folder / "pytorch_model-00003-of-00003.bin", clip / "pytorch_model-ema.bin"):
         torch.save(weights, path)
     vision = torch.load(clip / "pytorch_model.bin")
@@ -286,8 +276,7 @@ def test_what_lies_beside_the_weights_is_not_read(tmp_path):
 
 
 def test_published_settings_are_read(tmp_path):
-    """All that stands in the config.json of liuhaotian/llava-v1.5-7b and of openai's CLIP besides
-    sizes; the mean and deviation of preprocessor_config.json count, or CLIP's own without one."""
+    """The mean and deviation of preprocessor_config.json count, or CLIP's own without one."""
     model = load(tmp_path / "a", **json.loads(PUBLISHED_LLAVA))
     assert (model.vision.mean, model.vision.std) == ((0.5, 0.25, 0.125), (0.5, 0.5, 0.25))
     folder, clip = write(tmp_path / "b")
@@ -349,25 +338,17 @@ def test_cocos_own_folder_and_splits_by_whole_words(tmp_path):
 
 
 def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
+    """VQAv2 says which answer stands for all; OK-VQA does not: the most frequent one."""
     asked = {"data_subtype": "val2014", "questions": [
         {"question_id": n, "image_id": 42, "question": f"What {n}?"} for n in range(2)]}
-    right = {"annotations": [{"question_id": 1, "multiple_choice_answer": "cat",
-                              "answers": [{"answer": word} for word in ("cat", "dog")]}]}
-    put(tmp_path, "COCO_val2014_000000000042.jpg", v2_train_questions=asked,
-        v2_train_annotations=right, v2_val_questions=asked, v2_val_annotations=right)
-    (example,), _ = read_data(tmp_path)                 # the other has no answer
-    assert example.turns == [(f"<image>\nWhat 1?{SHORT}", "cat")]
-    assert example.references == ["cat", "dog"]
-
-
-def test_okvqas_answer_is_the_most_frequent_one(tmp_path):
     said = [{"answer": word, "raw_answer": word} for word in ("dog", "cat", "cow", "cat")]
-    asked = {"question_id": 1, "image_id": 2, "question": "What?"}
-    put(tmp_path, a={"annotations": [{"question_id": 1, "image_id": 2, "answers": said,
-                                      "confidence": 3, "answer_type": "other"}]},
-        b={"questions": [asked], "data_subtype": "val2014"})
-    example, = train_llava.read_examples([tmp_path / "b.json", tmp_path / "a.json"])
-    assert example.turns[0][1] == "cat"
+    right = {"question_id": 1, "image_id": 2, "answers": said, "answer_type": "other"}
+    put(tmp_path, "COCO_val2014_000000000042.jpg", v2_train_questions=asked,
+        v2_train_annotations={"annotations": [right | {"multiple_choice_answer": "cow"}]},
+        v2_val_questions=asked, v2_val_annotations={"annotations": [right | {"confidence": 3}]})
+    (example,), (other,) = read_data(tmp_path)          # the other question has no answer
+    assert example.turns == [(f"<image>\nWhat 1?{SHORT}", "cow")] and other.turns[0][1] == "cat"
+    assert example.references == ["dog", "cat", "cow", "cat"] == other.references
 
 
 def test_texts_are_utf8_and_lines_of_json_are_refused(tmp_path):
