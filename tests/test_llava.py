@@ -23,7 +23,7 @@ from train_llava import IMAGE_TOKEN, SHORT, Example, collate, encode, load_llava
 SIZES = {"plain": (11, 16, 2, 2, 2, 24, 12, 4, 12, 3, 2),
          "grouped": (9, 24, 1, 4, 2, 20, 10, 5, 8, 2, 1)}
 PLAIN, I = SIZES["plain"], IMAGE_TOKEN
-# What the config.json of liuhaotian/llava-v1.5-7b and of openai's CLIP hold besides sizes, less what
+# What config.json of liuhaotian/llava-v1.5-7b and of openai's CLIP hold besides sizes, less what
 # is empty (null, false, "", [], {}).
 PUBLISHED_LLAVA = """{"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"],
  "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02,
@@ -167,12 +167,6 @@ def test_a_tower_inside_llavas_files_and_what_merge_writes_give_the_same(tmp_pat
         load_llava(tmp_path / "m.pt", "clip")
 
 
-def test_the_layer_that_is_read_is_the_one_that_config_json_names(tmp_path):
-    for layer, depth in ((-2, 2), (-1, 3), (1, 1)):
-        model = load(tmp_path / str(layer), mm_vision_select_layer=layer)
-        assert len(model.model.vision_tower.blocks) == depth
-
-
 def test_select_speaks_of_tokens_and_gives_what_follows_them(tmp_path):
     model, P = load(tmp_path), 9
     images, tokens = batch(PLAIN, [[1, I, 4, 5], [I, 2, 3, 6]])
@@ -196,10 +190,11 @@ def test_questions_of_different_lengths_are_answered_as_each_by_itself(tmp_path)
     assert train_llava.evaluate(model, Bytes(), examples, args)["accuracy"] == 1
 
 
-@pytest.mark.parametrize("images, row", ((0, [1, I, 2]), (1, [1, 2]), (3, [I, I])))
-def test_pictures_and_their_tokens_must_agree_in_number(images, row, tmp_path):
-    with pytest.raises(ValueError, match=f"{images} images for {row.count(I)} image tokens"):
-        load(tmp_path)(torch.ones(images, 3, 12, 12) if images else None, torch.tensor([row]))
+def test_pictures_and_their_tokens_must_agree_in_number(tmp_path):
+    model = load(tmp_path)
+    for images, row in ((0, [1, I, 2]), (1, [1, 2]), (3, [I, I])):
+        with pytest.raises(ValueError, match=f"{images} images for {row.count(I)} image tokens"):
+            model(torch.ones(images, 3, 12, 12) if images else None, torch.tensor([row]))
 
 
 @pytest.mark.parametrize("pictured", (True, False))
@@ -253,7 +248,7 @@ BAD = {  # what is done to the folder, what the line must say
     "nearest pixels": (change(IMAGES, resample=0), "preprocessor_config.json: resample is 0"),
     "two channels": (change(IMAGES, image_mean=[0.5, 0.5]), "preprocessor_config.json: exp"),
     "other steps": (change(IMAGES, do_pad=True), "preprocessor_config.json: do_pad"),
-    "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "mm_vision_select_layer is 9, of 3"),
+    "a layer too far": (change(LLAVA, mm_vision_select_layer=9), "select_layer is 9, of 3"),
     "1.6": (change(LLAVA, image_aspect_ratio="anyres"), "image_aspect_ratio is 'anyres'"),
     "llava-hf": (change(LLAVA, text_config={}), "llava-hf: not supported"),
     "image tokens": (change(LLAVA, mm_use_im_start_end=True), "mm_use_im_start_end: not known")}
@@ -275,8 +270,11 @@ def test_what_lies_beside_the_weights_is_not_read(tmp_path):
     assert torch.equal(before, after)
 
 
-def test_published_settings_are_read(tmp_path):
+def test_the_layer_of_config_json_and_published_settings_are_read(tmp_path):
     """The mean and deviation of preprocessor_config.json count, or CLIP's own without one."""
+    for layer, depth in ((-2, 2), (-1, 3), (1, 1)):
+        model = load(tmp_path / str(layer), mm_vision_select_layer=layer)
+        assert len(model.model.vision_tower.blocks) == depth
     model = load(tmp_path / "a", **json.loads(PUBLISHED_LLAVA))
     assert (model.vision.mean, model.vision.std) == ((0.5, 0.25, 0.125), (0.5, 0.5, 0.25))
     folder, clip = write(tmp_path / "b")
@@ -315,13 +313,19 @@ def put(folder, *names, **files):
 
 def test_conversations_keep_their_order_and_the_picture_comes_first(tmp_path):
     texts = ("What is it?\n<image>", "A cat.", "Sure?", "Yes, it is so.")
-    put(tmp_path, "a.png", a_train=[chat("a.png", *texts), chat("", "Say hi.", "hi")],
-        a_val=[chat("a.png", "<image>\n And this? ", "a thing on a mat")])
+    chats = [chat("a.png", *texts), chat("", "Say hi.", "hi")]
+    last = [chat("a.png", "<image>\n And this? ", "M\u00fcnchen\u2028 is its name, you know?")]
+    put(tmp_path, "a.png", a_train=chats)
+    text = json.dumps(last, ensure_ascii=False)                  # as Windows writes it
+    (tmp_path / "a_val.json").write_text(text, encoding="utf-8-sig")
     (first, second), (third,) = read_data(tmp_path)
     assert first.turns == [("<image>\nWhat is it?", "A cat."), ("Sure?", "Yes, it is so.")]
     assert first.image == tmp_path / "a.png" and first.references == ["A cat."] * 10
     assert second.image is None and second.turns == [("Say hi.", "hi")]
-    assert third.turns[0][0] == "<image>\nAnd this?" and third.kind == "caption"
+    assert third.turns == [("<image>\nAnd this?", last[0]["conversations"][1]["value"])]
+    assert (first.kind, third.kind) == ("question", "caption")
+    with pytest.raises(ValueError, match="b.jsonl: expected a .json file"):
+        read_data(tmp_path / "b.jsonl")
 
 
 def test_cocos_own_folder_and_splits_by_whole_words(tmp_path):
@@ -349,17 +353,6 @@ def test_vqa_questions_find_their_answers_in_the_file_beside_them(tmp_path):
     (example,), (other,) = read_data(tmp_path)          # the other question has no answer
     assert example.turns == [(f"<image>\nWhat 1?{SHORT}", "cow")] and other.turns[0][1] == "cat"
     assert example.references == ["dog", "cat", "cow", "cat"] == other.references
-
-
-def test_texts_are_utf8_and_lines_of_json_are_refused(tmp_path):
-    chats = [chat(f"{i}.png", "<image>\nWo?", "M\u00fcnchen\u2028") for i in range(4)]
-    put(tmp_path, *[f"{i}.png" for i in range(4)])
-    text = json.dumps(chats, ensure_ascii=False)
-    (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")         # as Windows writes it
-    assert read_data(tmp_path / "a.json")[0][0].turns[0][1] == "M\u00fcnchen\u2028"
-    (tmp_path / "b.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="b.jsonl: expected a .json file"):
-        read_data(tmp_path / "b.jsonl")
 
 
 def test_a_single_file_holds_out_pictures_not_questions(tmp_path):
