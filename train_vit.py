@@ -43,7 +43,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}     # D
 NORMALISE = {"half": HALF, "imagenet": IMAGENET}
 WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wider than 64
 PICTURES = set(".jpg .jpeg .jfif .png .ppm .pgm .bmp .gif .webp .tif .tiff".split())
-TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
+# Folders beside train or training, in any case; the first of them that has classes is taken.
 TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
 # Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
 LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
@@ -196,8 +196,7 @@ def main() -> None:
     args.classes = None                                          # their names, also in adapter.pt
     if path:
         train, test, args.classes = read_images(args.data)
-        print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"
-              f"{', ...' * (len(args.classes) > 5)}")
+        print(f"{len(args.classes)} classes: {', '.join(args.classes)[:99]}")
         model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
@@ -208,8 +207,8 @@ def main() -> None:
         check_config(model, trial.config)
     if isinstance(train[0], np.ndarray):                         # files
         size = model.config.image_size
-        train, test = ((torch.stack([square(file, size) for file in files]), labels)
-                       for files, labels in (train, test))
+        train, test = ((torch.from_numpy(np.stack([read_picture(file, size) for file in files]))
+                        .permute(0, 3, 1, 2), labels) for files, labels in (train, test))
     model = model if path else load_vit(pretrained(args))
     model.to(args.device, getattr(torch, args.dtype))
     name = adapters_beside(model, args)
@@ -365,10 +364,9 @@ def read_pth(path: Path) -> tuple[dict, dict]:
     try:
         file = load_torch(path)
     except pickle.UnpicklingError:
-        raise ValueError(
-            "holds more than tensors, or is damaged; nothing in it was run. If you trust it, save "
-            f"its tensors anew: torch.save({{'model': torch.load('{path.name}', "
-            "weights_only=False)['model']}, 'tensors.pth')") from None
+        raise ValueError("more than tensors, or damaged; nothing in it was run. If you trust it, "
+                         f"save them anew: torch.save({{'model': torch.load('{path.name}', "
+                         "weights_only=False)['model']}, 'tensors.pth')") from None
     file = file if isinstance(file, dict) else {}
     tensors = file.get("model", file.get("state_dict", file))
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
@@ -521,7 +519,7 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     files = [Path(file) for file in sorted(glob.glob("**", root_dir=path, recursive=True))
              if Path(file).suffix.lower() in PICTURES]
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
-    trains = [top for top in tops if top.lower() in TRAIN]
+    trains = [top for top in tops if top.lower() in ("train", "training")]
     tests = [top for name in TEST for top in tops if top.lower() == name]
     split, rows, data = bool(trains or tests), defaultdict(list), []
     for file in files:
@@ -529,11 +527,11 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
             rows[file.parts[0] if split else ""].append((file.parts[split], path / file))
     train = trains[0] if trains else ""
     tested = [part for part in tests if dict(rows[part]).keys() & dict(rows[train]).keys()][:1]
-    if not rows[train] or len(trains) > 1 or tests and not tested or (
-            split and tops - {*trains, *tests}):
+    strange = split and (len(trains) != 1 or tops - {*trains, *tests} or tests and not tested)
+    if strange or not rows[train]:
         raise ValueError(f"holds {', '.join(sorted(tops))[:99] or 'no pictures in folders'}; read "
-                         "are CIFAR binaries, a folder of pictures for each class, or folders "
-                         f"train and one of {', '.join(TEST)} with these in them")
+                         "are CIFAR binaries, a folder of pictures for each class, or train and "
+                         f"one of {', '.join(TEST)} with such folders in them")
     names = sorted({name for part in (train, *tested) for name, _ in rows[part]})
     for part in (train, *tested):
         labels = torch.tensor([names.index(name) for name, _ in rows[part]])
@@ -543,8 +541,9 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     return data, names
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file, upright, transparency on black. Needs Pillow."""
+def read_picture(path: Path, size: int | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of an image file, upright, transparency on black; with a size the square in
+    its centre, resized. Needs Pillow."""
     with reading(path):
         from PIL import Image, ImageOps
         with Image.open(path) as image:
@@ -557,16 +556,9 @@ def read_picture(path: Path) -> np.ndarray:
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            return np.array(image.convert("RGB"))
-
-
-def square(path: Path, size: int) -> torch.Tensor:
-    """uint8 [3, size, size] of an image file: the square in its centre, resized."""
-    x = torch.from_numpy(read_picture(path)).permute(2, 0, 1)
-    side = min(x.shape[1:])
-    top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
-    x = x[None, :, top:top + side, left:left + side]
-    return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
+            image = image.convert("RGB")
+            square = (size, size) if size else image.size
+            return np.array(ImageOps.fit(image, square, Image.Resampling.BICUBIC))
 
 
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
@@ -575,11 +567,12 @@ def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.
     (N, _, H, W), size, device = x.shape, (config.image_size,) * 2, x.device
     if augment:
         flip = torch.randint(0, 2, (N, 1), device=device) == 0
-        columns, rows = (torch.arange(side, device=device) + torch.randint(
-            -(side // 8), side // 8 + 1, (N, 1), device=device) for side in (W, H))
-        columns = torch.where(flip, W - 1 - columns, columns).clamp(0, W - 1)    # [N, W]
-        rows, image = rows.clamp(0, H - 1)[:, :, None], torch.arange(N, device=device)
-        x = x[image[:, None, None], :, rows, columns[:, None]].movedim(3, 1)     # [N, 3, H, W]
+        right, down = (torch.randint(-(side // 8), side // 8 + 1, (N, 1), device=device)
+                       for side in (W, H))
+        image, row, column = (torch.arange(n, device=device) for n in (N, H, W))
+        column = (torch.where(flip, column.flip(0), column) + right).clamp(0, W - 1)     # [N, W]
+        row = (row + down).clamp(0, H - 1)                                       # [N, H]
+        x = x[image[:, None, None], :, row[:, :, None], column[:, None]].movedim(3, 1)
     x = x.float() / 255
     if (H, W) != size:
         x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
@@ -822,7 +815,7 @@ def processes() -> tuple[int, int]:
 
 
 def check_rows(count: int) -> None:
-    """Raises ValueError if there are fewer training rows than processes: one would have none."""
+    """Raises ValueError if a process of torchrun would have no training row."""
     if count < processes()[1]:
         raise ValueError(f"{count} training rows for {processes()[1]} processes")
 
