@@ -313,8 +313,8 @@ def read_examples(files: list[Path]) -> list[Example]:
 
 
 def fields(record: Any, names: str, more: tuple = ()) -> list:
-    """The values of the keys `names` of a record, which may have `more` and no others; anything but
-    text under one of TEXTS would be learned without a word."""
+    """The values of the keys `names` of a record, which may have `more` and no others. Under those
+    of TEXTS anything but text is refused."""
     known = tuple(names.split())
     if not isinstance(record, dict) or not record.keys() >= {*known}:
         raise ValueError(f"expected a record of {' and '.join(known)}, found {record!r:.60}")
@@ -327,8 +327,8 @@ def fields(record: Any, names: str, more: tuple = ()) -> list:
 
 def parse(content: dict, answers: dict) -> Iterator[Example]:
     """LLaVA's conversations; VQA's questions that have an answer; COCO's captions, each with all
-    those of its picture as references. VQA's annotations go into `answers`: question_id -> (the
-    answer, those of all people). What else COCO's files hold is passed over."""
+    those of its picture as references; VQA's annotations go into `answers`, by question_id: the
+    answer, and those of all people. What else COCO's files hold is passed over."""
     for number, record in enumerate(content.get("conversations", ()), 1):
         with reading(f"record {number}"):
             yield parse_conversation(record)
@@ -487,9 +487,8 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
 
 
 def similarity(a: Counter, b: Counter, frequency: Counter, pictures: int) -> float:
-    """Mean over n = 1 to 4 of the cosine of the n-grams' tf-idf vectors, a's clipped to b's, times
-    a Gaussian penalty of sigma 6 on the difference in length, counted in 2-grams. frequency: how
-    many of the `pictures` have the n-gram in a reference."""
+    """Mean over n = 1 to 4 of the cosine of the n-grams' tf-idf vectors, a's clipped to b's, times a
+    Gaussian of the difference in 2-grams. frequency: how many of the `pictures` have an n-gram."""
     def tf_idf(counts: Counter, n: int) -> dict:
         return {g: k * (math.log(pictures) - math.log(max(1, frequency[g])))
                 for g, k in counts.items() if len(g) == n}
