@@ -199,7 +199,7 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
         config, parts = llama.read_checkpoint(path, ("mm_vision_select_layer", *SETTINGS, *PASSED))
         sizes = load_torch(path).get("vision") if path.is_file() else None
         if not sizes and (path.is_file() or not vision_directory):
-            raise ValueError("a LLaMA without a tower: name CLIP's folder by --vision-checkpoint")
+            raise ValueError("a LLaMA without a tower: give LLaVA's, and --vision-checkpoint")
         vision = vit.ViTConfig(**sizes) if sizes else read_tower(
             path / "config.json", Path(vision_directory), parts)
         if max(config.num_layers, vision.depth) > len(parts):    # else they would all be built
@@ -487,8 +487,8 @@ def cider(candidates: list[str], references: list[list[str]]) -> float:
 
 
 def similarity(a: Counter, b: Counter, frequency: Counter, pictures: int) -> float:
-    """Mean over n = 1 to 4 of the cosine of the n-grams' tf-idf vectors, a's clipped to b's, times a
-    Gaussian of the difference in 2-grams. frequency: how many of the `pictures` have an n-gram."""
+    """Mean over n = 1 to 4 of the cosine of the n-grams' tf-idf vectors, a's clipped to b's, times
+    a Gaussian of the difference in 2-grams. frequency: how many of the `pictures` have each."""
     def tf_idf(counts: Counter, n: int) -> dict:
         return {g: k * (math.log(pictures) - math.log(max(1, frequency[g])))
                 for g, k in counts.items() if len(g) == n}
