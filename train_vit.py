@@ -205,10 +205,7 @@ def main() -> None:
     check_rows(len(train[1]))
     for trial in runs:
         check_config(model, trial.config)
-    if isinstance(train[0], np.ndarray):                         # files
-        size = model.config.image_size
-        train, test = ((torch.from_numpy(np.stack([read_picture(file, size) for file in files]))
-                        .permute(0, 3, 1, 2), labels) for files, labels in (train, test))
+    train, test = (decoded(data, model.config.image_size) for data in (train, test))
     model = model if path else load_vit(pretrained(args))
     model.to(args.device, getattr(torch, args.dtype))
     name = adapters_beside(model, args)
@@ -509,7 +506,8 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
             if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
                 raise ValueError(f"y{end} is {y.dtype} {list(y.shape)}, not {len(x)} class numbers")
             data.append((x.permute(0, 3, 1, 2), y.long()))
-    return data, [str(n) for n in range(1 + max(int(labels.max()) for _, labels in data))]
+    classes = 1 + int(torch.cat([labels for _, labels in data]).max())
+    return data, [str(n) for n in range(classes)]
 
 
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
@@ -559,6 +557,14 @@ def read_picture(path: Path, size: int | None = None) -> np.ndarray:
             image = image.convert("RGB")
             square = (size, size) if size else image.size
             return np.array(ImageOps.fit(image, square, Image.Resampling.BICUBIC))
+
+
+def decoded(data: tuple, size: int) -> tuple:
+    """`data` with its files, if it is of files, read to uint8 [N, 3, size, size]."""
+    if torch.is_tensor(data[0]):
+        return data
+    images = np.stack([read_picture(file, size) for file in data[0]])            # [N, S, S, 3]
+    return torch.from_numpy(images).permute(0, 3, 1, 2), data[1]
 
 
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
@@ -883,11 +889,12 @@ def summary(name: str, scores: dict[str, float], told: dict[str, str] | None = N
 
 def print_table(rows: list[dict[str, str]]) -> None:
     """The rows as a table with right-aligned columns; it is also valid Markdown."""
-    columns = list(rows[-1])
-    rows = [dict(zip(columns, columns)), dict.fromkeys(columns, "-:"), *rows]
-    widths = {column: max(len(row.get(column, "-")) for row in rows) for column in columns}
-    for row in rows:
-        print("|", " | ".join(row.get(c, "-").rjust(widths[c]) for c in columns), "|", flush=True)
+    columns = []
+    for name in rows[-1]:
+        cells = [name, "-:"] + [row.get(name, "-") for row in rows]
+        columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    for line in zip(*columns):
+        print("|", " | ".join(line), "|", flush=True)
 
 
 def exit_status(main) -> int:

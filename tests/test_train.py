@@ -285,7 +285,7 @@ def test_the_demo_has_a_row_for_each_method(cli, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "all")                      # as if killed before it began
     status, again, _ = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu", "--resume",
                            "--merge")                            # each trial from the backbone
-    times = r"[\d.]+ \|\n"
+    times = r" *[\d.]+ \|\n"
     assert status == 0 and re.sub(times, "", again) == re.sub(times, "", out)
     assert len([*tmp_path.glob("run/*/merged.pt")]) == 4
 
