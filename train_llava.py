@@ -3,16 +3,11 @@
     python train_llava.py                             the embedded demo: no downloads, CPU
     python train_llava.py --checkpoint llava-v1.5-7b --vision-checkpoint clip-vit-large-patch14-336
         --data vqav2 --images coco --gradient-checkpointing                         one GPU
-    ... --tune-vision, --tune-projector               adapt the tower, train the projector
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
 --checkpoint reads LLaVA-1.5 as its authors publish it (pytorch_model-*.bin, config.json), with
-CLIP's folder (pytorch_model.bin, config.json) as --vision-checkpoint, and what --merge writes.
---data reads LLaVA's conversations (.json, .jsonl), COCO captions, VQAv2's and OK-VQA's questions
-and annotations: a file, or a folder with *val* files (*test*, *dev*, *valid*) among them; --images
-is the folder of the pictures.
-
-Order of this file: model, fine-tuning, checkpoints, data, scores, demo.
+CLIP's folder as --vision-checkpoint, and what --merge writes. --data: LLaVA's conversations, COCO's
+captions, VQAv2's or OK-VQA's questions and annotations: a .json or a folder of them.
 """
 
 import copy
@@ -23,7 +18,6 @@ from collections import Counter, namedtuple
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any, Iterator
 
 import numpy as np
@@ -41,14 +35,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 # Tuned on the demo with seeds 100 to 105, not those reported; a checkpoint's is LLaVA's own.
 LEARNING_RATES = {"lora": 2e-2, "lora4r": 5e-3, "structlora": 2e-2, "all": 1e-2, "checkpoint": 2e-4}
 OPTIONS = {                          # beside those of all scripts: default, or a type; help
-    "vision_checkpoint": (str, "CLIP's folder"),
+    "vision_checkpoint": (str, "CLIP's folder"), "tune_vision": (False, "adapt the tower too"),
     "images": (str, "folder of the pictures (that of --data)"),
     "tokenizer": (str, "its tokenizer.model (in the folder of --checkpoint)"),
-    "tune_vision": (False, "adapt the tower too"),
-    "tune_projector": (False, "train the projector too"),
     "test_examples": (2000, "examples to test on, at most"),
     "gradient_checkpointing": (False, "recompute blocks in the backward pass: less memory"),
-    "out": ("out/llava", "folder for all results")}
+    "tune_projector": (False, "train it too"), "out": ("out/llava", "folder for all results")}
 
 
 # --- Model: module names are those of LLaVA's own code, so that exported adapters fit it
@@ -71,8 +63,8 @@ class Tower(nn.Module):
         c = self.config = config
         self.patch_embed = nn.Conv2d(3, c.width, c.patch_size, c.patch_size, bias=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
-        patches = (c.image_size // c.patch_size) ** 2
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, c.width))
+        places = 1 + (c.image_size // c.patch_size) ** 2
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, c.width))
         self.norm_pre = nn.LayerNorm(c.width, c.eps)
         self.blocks = nn.ModuleList(ClipBlock(c) for _ in range(c.depth))
 
@@ -86,11 +78,9 @@ class Tower(nn.Module):
 
 
 class Llava(llama.Llama):
-    """LLaVA-1.5 (Liu et al. 2023): a LLaMA in which projected patches stand among the words.
-
-    images [M, 3, S, S] and tokens [N, T] with M times IMAGE_TOKEN, row by row -> logits
-    [N, T + P - 1, V] where each row has one picture of P patches; shorter rows are padded on the
-    right. select [N, T] bool speaks of tokens, as in Llama.forward."""
+    """LLaVA-1.5 (Liu et al. 2023), a LLaMA in which projected patches stand among the words: images
+    [M, 3, S, S] and tokens [N, T] with M times IMAGE_TOKEN, row by row -> logits [N, T + P - 1, V]
+    where each row has one picture of P patches. select [N, T] speaks of tokens."""
 
     def __init__(self, config: llama.LlamaConfig, vision: vit.ViTConfig):
         super().__init__(config)
@@ -110,21 +100,19 @@ class Llava(llama.Llama):
     def splice(self, images, tokens) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [N, S, D], and the last place of each token in them [N, T]. Raises ValueError
         if pictures and IMAGE_TOKENs differ in number."""
-        pictured, M = tokens == IMAGE_TOKEN, 0 if images is None else len(images)
-        if M != int(pictured.sum()):
-            raise ValueError(f"{M} images for {int(pictured.sum())} image tokens ({IMAGE_TOKEN})")
-        P, (N, T) = self.model.vision_tower.pos_embed.shape[1] - 1, tokens.shape
-        ends = torch.where(pictured, P, 1).cumsum(1) - 1                         # [N, T]
-        row = torch.arange(N, device=tokens.device)[:, None].expand(N, T)
-        words = self.model.embed_tokens(tokens.masked_fill(pictured, 0))         # [N, T, D]
-        x = words.new_zeros(N, int(ends.max()) + 1, words.shape[2])              # [N, S, D]
-        x[row[~pictured], ends[~pictured]] = words[~pictured]
+        P, M = self.model.vision_tower.pos_embed.shape[1] - 1, 0 if images is None else len(images)
+        places = torch.where(tokens == IMAGE_TOKEN, P, 1)        # that each token takes, [N, T]
+        rows = [row.repeat_interleave(each) for row, each in zip(tokens, places)]
+        tokens = pad_sequence(rows, batch_first=True)                            # [N, S]
+        pictured = tokens == IMAGE_TOKEN
+        if M * P != int(pictured.sum()):
+            raise ValueError(f"{M} images for {pictured.sum() // P} image tokens ({IMAGE_TOKEN})")
+        words = self.model.embed_tokens(tokens.masked_fill(pictured, 0))         # [N, S, D]
         if not M:    # a blank picture of which nothing is used, as in LLaVA's code: gradients reach
             images = words.new_zeros(1, 3, *[self.vision.image_size] * 2)        # the tower anyhow
-        features = self.model.mm_projector(self.model.vision_tower(images))[:M]  # [M, P, D]
-        span = ends[pictured][:, None] - torch.arange(P - 1, -1, -1, device=tokens.device)  # [M, P]
-        x[row[pictured][:, None], span] = features.to(x.dtype)
-        return x, ends
+        features = self.model.mm_projector(self.model.vision_tower(images))      # [M, P, D]
+        x = words.masked_scatter(pictured[:, :, None], features.to(words.dtype))
+        return x, places.cumsum(1) - 1
 
 
 # --- Fine-tuning: llama.fine_tune is the loop, with LLaVA's batches and losses
@@ -136,7 +124,7 @@ def losses_of(model: nn.Module, batch: tuple) -> torch.Tensor:
 
 
 def main() -> None:
-    """Data, backbone, then one method, or all of the demo's, on the same examples."""
+    """Data, backbone, then the runs of this command line, on the same examples."""
     args = vit.options(__doc__, **OPTIONS)
     if not args.tune_vision:         # where the language model's are called self_attn, its attn
         args.targets = re.sub(r"(?<![\w.])([qkvo]_proj)\b", r"self_attn.\1", args.targets)
@@ -153,7 +141,7 @@ def main() -> None:
         model, shots = Llava(*SMALL), shots or (None if args.fraction else 200)
         train, test = (draw_examples(n, 10 * args.seed + n, True) for n in (1000, 300))
     train = [train[i] for i in vit.choose(torch.zeros(len(train)), shots, args.fraction, args.seed)]
-    rows = [row for row in (encode(tokenizer, e) for e in train) if True in row.answers]
+    rows = [row for row in map(partial(encode, tokenizer), train) if True in row.answers]
     test = test[::math.ceil(len(test) / args.test_examples)]
     test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
     num_examples = sum(sum(row.answers) for row in rows)                 # predicted tokens
@@ -181,16 +169,14 @@ CLIP = {"model.vision_tower.vision_tower.": "", "vision_model.": "", "encoder.la
         "embeddings.position_embedding.weight": "pos_embed", "pre_layrnorm": "norm_pre",     # sic
         "layer_norm": "norm", "self_attn.": "attn.", "out_proj": "o_proj", "mlp.": ""}
 # Its other tensors: the text's, and those behind the layer that LLaVA reads.
-NOT_READ = ("text_model.", "text_projection.", "visual_projection.", "logit_scale",
-            "post_layernorm.", "embeddings.position_ids")
+NOT_READ = re.compile(r"(?:text_model|text_projection|visual_projection|post_layernorm)\.|"
+                      "logit_scale|embeddings.position_ids").search
 # What LLaVA-1.5's config.json says of the pictures' way; other values mean another model.
 SETTINGS = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch",
-            "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
             "image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}
 # The rest of its own keys: of its training. (The tower is the one that --vision-checkpoint names.)
-PASSED = """mm_vision_tower mm_hidden_size mm_projector_lr mm_vision_tower_lr tune_mm_mlp_adapter
-    freeze_mm_mlp_adapter freeze_backbone unfreeze_mm_vision_tower pretrain_mm_mlp_adapter
-    tokenizer_padding_side tokenizer_model_max_length max_length""".split()
+PASSED = """mm_vision_tower mm_hidden_size mm_projector_lr use_mm_proj unfreeze_mm_vision_tower
+    tune_mm_mlp_adapter max_length tokenizer_padding_side tokenizer_model_max_length""".split()
 # What CLIP's two .json leave out is as here; they hold these keys, with the values that are given.
 DEFAULTS = {"image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12,
             "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
@@ -210,14 +196,12 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
     in LLaVA's own files goes before CLIP's. Raises ValueError that names them and what is wrong."""
     path = Path(llava_directory)
     with reading(path if path.is_file() else f"{path} with {vision_directory}"):
-        also = ("mm_vision_select_layer", *SETTINGS, *PASSED)
-        config, parts = llama.read_checkpoint(path, also)
-        if path.is_file():
-            vision = vit.ViTConfig(**load_torch(path)["vision"])
-        elif vision_directory:
-            vision = read_tower(path / "config.json", Path(vision_directory), parts)
-        else:
-            raise ValueError("name CLIP's folder with --vision-checkpoint")
+        config, parts = llama.read_checkpoint(path, ("mm_vision_select_layer", *SETTINGS, *PASSED))
+        sizes = load_torch(path).get("vision") if path.is_file() else None
+        if not sizes and (path.is_file() or not vision_directory):
+            raise ValueError("a LLaMA without a tower: give LLaVA's, and --vision-checkpoint")
+        vision = vit.ViTConfig(**sizes) if sizes else read_tower(
+            path / "config.json", Path(vision_directory), parts)
         if max(config.num_layers, vision.depth) > len(parts):    # else they would all be built
             raise ValueError(f"{config.num_layers} and {vision.depth} layers: not in the files")
         with torch.device("meta"):
@@ -227,44 +211,34 @@ def load_llava(llava_directory: str | Path, vision_directory: str | Path | None 
 
 def read_tower(path: Path, folder: Path, parts: dict[str, list]) -> vit.ViTConfig:
     """Sizes of CLIP's tower in `folder`, up to the hidden state that LLaVA's config.json at `path`
-    names (0 enters the first block; negative: from the end); its weights are added to `parts`."""
-    c, v = vit.read_json(path), read_clip(folder)
+    names (0 enters the first block; negative: from the end); its weights are added to `parts`.
+    Raises ValueError for what the tower, or read_pixels() and vit.prepare(), do otherwise."""
+    c, v, processor = vit.read_json(path), dict(DEFAULTS), folder / "preprocessor_config.json"
     vit.only(c, SETTINGS, tuple(c), f"this is no LLaVA-1.5: {path}:")
-    layer, depth = c.get("mm_vision_select_layer", -2), v["num_hidden_layers"]
-    used = layer if layer >= 0 else depth + 1 + layer
-    if not 0 < used <= depth:
-        raise ValueError(f"mm_vision_select_layer is {layer} of {depth} layers")
+    for file in [folder / "config.json"] + [processor] * processor.exists():
+        given = vit.read_json(file)
+        given = given.get("vision_config", given)                # a whole CLIP has a text part too
+        vit.only(given, TOWER, BESIDE, f"{file}:")
+        v |= {key: value for key, value in given.items() if value is not None}
+    size, depth = v["image_size"], v["num_hidden_layers"]
+    with reading(processor):
+        for sides in (v.get("size", size), v.get("crop_size", size)):        # or a dict of them
+            if {*(sides.values() if isinstance(sides, dict) else [sides])} != {size}:
+                raise ValueError(f"size {sides}, and the tower's pictures have {size}")
+        torch.tensor([v["image_mean"], v["image_std"]]).view(2, 3)           # as many numbers
+    layer = c.get("mm_vision_select_layer", -2)
+    with reading(f"{path}: mm_vision_select_layer is {layer}, of {depth}"):
+        used = range(depth + 1)[layer]
     tensors = {key: parts.pop(key)[0] for key in list(parts) if "vision_tower." in key}
     for file in [] if tensors else vit.weight_files(folder):
         tensors |= llama.read_state(file)
-    t = vit.renamed({key: tensor for key, tensor in tensors.items()
-                     if not any(name in key for name in NOT_READ)}, CLIP)
+    t = vit.renamed({key: tensors[key] for key in tensors if not NOT_READ(key)}, CLIP)
     t["cls_token"], t["pos_embed"] = t["cls_token"].view(1, 1, -1), t["pos_embed"][None]
     parts |= {f"model.vision_tower.{name}": [tensor] for name, tensor in t.items()
               if not name.startswith("blocks.") or int(name.split(".")[1]) < used}
-    return vit.ViTConfig(v["image_size"], v["patch_size"], v["hidden_size"], used,
-                         v["num_attention_heads"], v["intermediate_size"], eps=v["layer_norm_eps"],
+    return vit.ViTConfig(size, v["patch_size"], v["hidden_size"], used, v["num_attention_heads"],
+                         v["intermediate_size"], eps=v["layer_norm_eps"],
                          mean=tuple(v["image_mean"]), std=tuple(v["image_std"]))
-
-
-def read_clip(folder: Path) -> dict[str, Any]:
-    """CLIP's config.json and preprocessor_config.json, if there is one, with what they leave out.
-    Raises ValueError for what the tower, or read_pixels() and vit.prepare(), do otherwise."""
-    found, processor = dict(DEFAULTS), folder / "preprocessor_config.json"
-    for path in [folder / "config.json"] + [processor] * processor.exists():
-        given = vit.read_json(path)
-        given = given.get("vision_config", given)                # a whole CLIP has a text part too
-        vit.only(given, TOWER, BESIDE, f"{path}:")
-        found |= {key: value for key, value in given.items() if value is not None}
-    size = found["image_size"]
-    with reading(processor):
-        for sides in (found.get("size", size), found.get("crop_size", size)):    # or a dict of them
-            if {*(sides.values() if isinstance(sides, dict) else [sides])} != {size}:
-                raise ValueError(f"size {sides}, and the tower's pictures have {size}")
-        numbers = torch.tensor([found["image_mean"], found["image_std"]])
-        if numbers.shape != (2, 3) or not numbers[1].all():
-            raise ValueError("image_mean and image_std must be three numbers each")
-    return found
 
 
 # --- Data
@@ -280,125 +254,101 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
           "gives helpful, detailed, and polite answers to the user's questions. ")
 SHORT = "\nAnswer the question using a single word or phrase."
 CAPTION = "<image>\nProvide a one-sentence caption for the provided image."
-KINDS = (".json", ".jsonl", ".ndjson")
-TESTS = {"val", "test", "dev", "valid", "validation", "eval", "evaluation", "testing"}
 # What stands in questions for pictures, films and sounds that are not read.
 MEDIA = r"<\|?(?!image>)(?i:image|img|video|audio|speech|vision)\w*\|?>"
+TEXTS = {"value", "question", "caption", "answer", "multiple_choice_answer", "file_name"}
 # Keys of COCO's and VQA's files that are passed over.
 FILE = ("info", "license", "licenses", "categories", "type", "task_type", "data_type")
 NOTES = ("id", "image_id", "question_type", "answer_type", "confidence", "multiple_choice_answer")
 
 
 def read_data(path: str | Path, images: str | Path | None = None) -> tuple[list, list]:
-    """(training, test) examples of a file, or of those in a folder, where *val*, *test*, *dev*
-    and *valid* are for testing; without these the conversations on every tenth picture are. Raises
-    ValueError that names the file and the record, or the first missing picture."""
-    path, files, tests = Path(path), [Path(path)], []
-    if path.is_dir():                # by whole words: latest_train2014.json is no test
-        files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in KINDS)
-        words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
-        tests = [file for file in files if "train" not in words[file] and words[file] & TESTS]
+    """(training, test) examples of a file, or of those in a folder, of which *val*, *test*, *dev*
+    are for testing; without these every tenth picture's are. Raises ValueError that names the file
+    and the record, or the first missing picture."""
+    path, tests = Path(path), []
+    files = [*path.glob("[!.]*")] if path.is_dir() else [path]
+    files = sorted(file for file in files if file.suffix.lower() == ".json")
     if not files:
-        raise ValueError(f"{path}: has no files that end in {', '.join(KINDS)}")
-    files = [file for file in files if file not in tests]
-    train, test = read_examples(files), read_examples(tests)
-    found = find_pictures(train + test, Path(images or (path if path.is_dir() else path.parent)))
-    train, test = found[:len(train)], found[len(train):]
+        raise ValueError(f"{path}: expected a .json file or a folder of them")
+    if path.is_dir():                # by whole words: latest_train2014.json is no test
+        words = {file: set(re.split(r"[\W\d_]+", file.stem.lower())) for file in files}
+        tests = [f for f in files if "train" not in words[f] and words[f] & {*vit.TEST}]
+    images = Path(images or (path if path.is_dir() else path.parent))
+    train, test = (find_pictures(read_examples(part), images)
+                   for part in ([file for file in files if file not in tests], tests))
     if not tests:
-        pictures = sorted({e.image for e in train if e.image})
-        if len(pictures) < 2:
-            raise ValueError(f"{path}: {len(train)} rows on {len(pictures)} picture(s): none can "
-                             "be held out; add a file for testing, *val*.json")
-        held = {*pictures[::10]}
-        train, test = ([e for e in train if (e.image in held) == side] for side in (False, True))
-    answered = any(answer for e in train for _, answer in e.turns)
-    if not answered or not test or not all(e.references for e in test):
+        names = sorted({e.image for e in train if e.image})
+        if len(names) < 2:
+            raise ValueError(f"{path}: {len(names)} picture(s): none to hold out; add *val*.json")
+        held = {*names[::10]}
+        test = [e for e in train if e.image in held]
+        train = [e for e in train if e.image not in held]
+    if not test or not any(answer for e in train for _, answer in e.turns):
         raise ValueError(f"{path}: too few answers in {len(train)} training, {len(test)} test rows")
     test = list({(e.image, e.turns[0][0]): e for e in test}.values())    # one caption of a picture
-    names = [", ".join(file.name for file in part) for part in (files, tests)]
-    print(f"{len(train)} rows to train on, of {names[0]}, and {len(test)} to test on, of "
-          f"{names[1] or 'every tenth picture'}")
+    print(f"{len(train)} rows to train on, and {len(test)} to test on, of "
+          f"{', '.join(file.name for file in tests) or 'every tenth picture'}")
     return train, test
 
 
 def read_examples(files: list[Path]) -> list[Example]:
-    """Examples of files, each told by its content; VQA's answers may be in any of them."""
-    contents, answers, examples = [], {}, []
+    """Examples of files: a list of LLaVA's conversations, or an object of COCO's or VQA's. VQA's
+    answers may be in any of the files."""
+    contents, answers, examples = {}, {}, []
+    known = ("conversations", "images", "annotations", "questions", "data_subtype")
     for file in files:
         with reading(file):
-            contents.append(read_content(file))
-            answers |= read_answers(contents[-1])
-    for file, content in zip(files, contents):
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+            content = {"conversations": content} if isinstance(content, list) else content
+            if not isinstance(content, dict) or not content.keys() & {*known}:
+                raise ValueError("expected a list of LLaVA's conversations, or an object of COCO's "
+                                 f"captions, VQA's questions or annotations: {content!r:.60}")
+            vit.only(content, known, FILE, "COCO's or VQA's object:")
+            contents[file] = content
+    for file in sorted(files, key=lambda file: "questions" in contents[file]):   # after the answers
         with reading(file):
-            examples += parse(content, answers)
+            examples += parse(contents[file], answers)
     return examples
 
 
-def read_content(file: Path) -> dict:
-    """COCO's or VQA's object, or {"conversations": records} of a list or of JSON Lines."""
-    content = file.read_text(encoding="utf-8-sig")
-    if file.suffix.lower() == ".json":
-        content = json.loads(content)
-    else:
-        content = [line for line in content.split("\n") if line.strip()]
-    if isinstance(content, list):
-        return {"conversations": content}
-    known = ("images", "annotations", "questions", "data_subtype")
-    if not isinstance(content, dict) or not content.keys() & set(known):
-        raise ValueError("expected a list of LLaVA's conversations, or an object of COCO's images "
-                         f"and annotations, VQA's questions or annotations; found {brief(content)}")
-    vit.only(content, known, FILE, "COCO's or VQA's object:")
-    return content
-
-
 def fields(record: Any, names: str, more: tuple = ()) -> list:
-    """The values of the keys `names` of a record, which may have `more` and no others."""
+    """The values of the keys `names` of a record, which may have `more` and no others. Under those
+    of TEXTS anything but text is refused."""
     known = tuple(names.split())
     if not isinstance(record, dict) or not record.keys() >= {*known}:
-        raise ValueError(f"expected a record of {' and '.join(known)}, found {brief(record)}")
-    vit.only(record, known, more, "")
+        raise ValueError(f"expected a record of {' and '.join(known)}, found {record!r:.60}")
+    vit.only(record, known, more)
+    for name in TEXTS & record.keys():
+        if not isinstance(record[name], str):
+            raise ValueError(f"{name}: expected text, found {record[name]!r:.60}")
     return [record[name] for name in known]
-
-
-def string(value: Any) -> str:
-    """The value, if it is text: anything else would be learned without a word."""
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, found {brief(value)}")
-    return value
-
-
-def read_answers(content: dict) -> dict:
-    """question_id -> (the answer, those of all people) of VQA's annotations. The answer is the most
-    frequent one; OK-VQA's files leave it to the reader."""
-    answers = {}
-    for a in content.get("annotations", ()):
-        if "question_id" in a.keys():                            # keys(): refuses what is no record
-            number, given = fields(a, "question_id answers", NOTES)
-            people = [string(person["answer"]) for person in given]
-            best = a.get("multiple_choice_answer") or max(people, key=people.count)
-            answers[number] = string(best), people
-    return answers
 
 
 def parse(content: dict, answers: dict) -> Iterator[Example]:
     """LLaVA's conversations; VQA's questions that have an answer; COCO's captions, each with all
-    those of its picture as references. What else COCO's files hold is passed over."""
+    those of its picture as references; VQA's annotations go into `answers`, by question_id: the
+    answer, and those of all people. What else COCO's files hold is passed over."""
     for number, record in enumerate(content.get("conversations", ()), 1):
         with reading(f"record {number}"):
-            yield parse_conversation(json.loads(record) if isinstance(record, str) else record)
+            yield parse_conversation(record)
     for question in content.get("questions", ()):
         number, picture, text = fields(question, "question_id image_id question")
         if number in answers:
             name = f"COCO_{content['data_subtype']}_{picture:012d}.jpg"
-            answer, references = answers[number]
-            turn = (f"<image>\n{string(text)}{SHORT}", answer)
-            yield Example(name, [turn], references, "question")
-    names = {picture["id"]: string(picture["file_name"]) for picture in content.get("images", ())}
+            answer, people = answers[number]
+            yield Example(name, [(f"<image>\n{text}{SHORT}", answer)], people, "question")
+    names = dict(fields(p, "id file_name", tuple(p)) for p in content.get("images", ()))
     captions = {}
     for a in content.get("annotations", ()):
-        if not a.keys() & {"question_id", "bbox", "segments_info"}:      # answers, and COCO's boxes
+        if "question_id" in a.keys():                            # keys(): refuses what is no record
+            number, given = fields(a, "question_id answers", NOTES)
+            people = [fields(person, "answer", tuple(person))[0] for person in given]
+            most = max(people, key=people.count)                 # OK-VQA's leave it to the reader
+            answers[number] = a.get("multiple_choice_answer") or most, people
+        elif not a.keys() & {"bbox", "segments_info"}:           # COCO's boxes
             picture, text = fields(a, "image_id caption", NOTES)
-            captions.setdefault(names[picture], []).append(string(text).strip())
+            captions.setdefault(names[picture], []).append(text.strip())
     for name, texts in captions.items():
         yield from (Example(name, [(CAPTION, text)], texts, "caption") for text in texts)
 
@@ -407,24 +357,22 @@ def parse_conversation(record: Any) -> Example:
     """{"image": file, "conversations": [{"from": "human" or "gpt", "value": text}]}; the picture
     goes before the text of the first question, as in LLaVA's own training."""
     turns, = fields(record, "conversations", ("image", "width", "height", *llama.BOOKKEEPING))
-    turns, image = [fields(turn, "from value") for turn in turns], string(record.get("image") or "")
-    roles, texts = [role for role, _ in turns], [string(text) for _, text in turns]
-    pictures = [text.count("<image>") for text in texts]
-    if (roles != ["human", "gpt"] * max(1, len(turns) // 2)
-            or pictures[0] != bool(image) or any(pictures[1:])):
+    roles, texts = map(list, zip(*[fields(turn, "from value") for turn in turns]))
+    pictures, image = [text.count("<image>") for text in texts], record.get("image") or ""
+    if (roles != ["human", "gpt"] * (len(turns) // 2)
+            or pictures != [bool(image)] + [0] * len(texts[1:])):
         raise ValueError("expected human and gpt in turn, <image> once in the first if it has one; "
-                         f"found {brief(roles)} and <image> {sum(pictures)} times")
-    for text in texts[::2]:          # without a picture it may be HTML, which has such tags too
-        media = re.search(MEDIA if image else rf"(?m)^{MEDIA}|{MEDIA}$", text)
-        if media and (image or "</" not in text):
-            raise ValueError(f"{media[0]}: of pictures, films and sounds only <image> is read")
+                         f"found {roles!r:.60} and <image> {sum(pictures)} times")
+    asked = "\n".join(texts[::2])    # without a picture it may be HTML, which has such tags too
+    media = re.search(MEDIA if image else rf"(?m)^{MEDIA}|{MEDIA}$", asked)
+    if media and (image or "</" not in asked):
+        raise ValueError(f"{media[0]}: of pictures, films and sounds only <image> is read")
     if Path(image).suffix.lower() not in ("", *vit.PICTURES):
-        raise ValueError(f"{brief(image)} is no picture of a kind that is read")
+        raise ValueError(f"{image!r:.60} is no picture of a kind that is read")
     if image:
         texts[0] = f"<image>\n{texts[0].replace('<image>', '').strip()}".strip()
-    short = len(texts[1].split()) <= 4
-    return Example(image or None, list(zip(texts[::2], texts[1::2])),
-                   [texts[1]] * (10 if short else 1), "question" if short else "caption")
+    return Example(image or None, list(zip(texts[::2], texts[1::2])), [texts[1]] * 10,
+                   "question" if len(texts[1].split()) <= 4 else "caption")
 
 
 def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
@@ -432,44 +380,36 @@ def find_pictures(examples: list[Example], folder: Path) -> list[Example]:
     folders, paths = [folder, *sorted(d for d in folder.glob("[!.]*") if d.is_dir())], {None: None}
     for name in sorted({e.image for e in examples if e.image is not None}):
         paths[name] = next((d / name for d in folders if (d / name).is_file()), None)
-    missing = [name for name, path in paths.items() if not path and name is not None]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(paths) - 1} pictures are missing, the "
-                         f"first is {missing[0][:99]}; --images names their folder")
+        if paths[name] is None:
+            raise ValueError(f"{folder}: has no {name[:99]}; --images names the pictures' folder")
     return [e._replace(image=paths[e.image]) for e in examples]
 
 
-@lru_cache(maxsize=2048)   # 0.7 GB of 336 x 336
+@lru_cache(maxsize=2048)             # 0.7 GB of 336 x 336
 def read_pixels(path: Path, size: int, mean: tuple) -> torch.Tensor:
-    """uint8 [3, size, size] of the picture in a file: padded to a square with the mean colour, then
-    resized (bicubic)."""
-    x = vit.read_picture(path)
-    (H, W, _), side = x.shape, max(x.shape[:2])
-    top, left = (side - H) // 2, (side - W) // 2
-    square = np.full((side, side, 3), [int(255 * value) for value in mean], np.uint8)
-    square[top:top + H, left:left + W] = x
-    square = torch.from_numpy(square).permute(2, 0, 1)[None]
-    return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0]
+    """uint8 [3, size, size] of a file: padded to a square with the mean colour, then resized."""
+    x = torch.from_numpy(vit.read_picture(path)).permute(2, 0, 1)
+    H, W = x.shape[1:]
+    side, top, left = max(H, W), max(W - H, 0) // 2, max(H - W, 0) // 2
+    square = torch.tensor([[[int(255 * value)]] for value in mean]).byte().repeat(1, side, side)
+    square[:, top:top + H, left:left + W] = x
+    return F.interpolate(square[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
 def encode(tokenizer: Any, example: Example) -> Row:
-    """A conversation in Vicuna's template, as LLaVA-1.5 tokenises it: the text on either side of a
-    picture by itself, each round by itself, </s> after each answer; None as the question leaves
-    the picture alone, as in LLaVA's first stage."""
-    def ids(text: str, bos: bool) -> list[int]:
+    """A conversation in Vicuna's template, as LLaVA-1.5 tokenises it: each round, and the text on
+    either side of a picture, by itself. With no question, the picture alone: its first stage."""
+    def ids(text: str) -> list[int]:
         first, *rest = [tokenizer.encode(part, bos=False) for part in text.split("<image>")]
-        return [tokenizer.bos_id] * bos + sum(([IMAGE_TOKEN, *part] for part in rest), first)
+        return sum(([IMAGE_TOKEN, *part] for part in rest), first)
 
-    tokens, answers = [], []
-    for number, (question, answer) in enumerate(example.turns):
-        prompt = f"{'' if number else SYSTEM}USER: {question} ASSISTANT:"
-        prompt = "<image>" if question is None else prompt
-        head = ids(prompt, not number)
-        both = ids(f"{prompt} {answer}", not number) + [tokenizer.eos_id]
-        tokens += both
+    tokens, answers, system = [tokenizer.bos_id], [False], SYSTEM
+    for question, answer in example.turns:
+        prompt = "<image>" if question is None else f"{system}USER: {question} ASSISTANT:"
+        head, both = ids(prompt), ids(f"{prompt} {answer}") + [tokenizer.eos_id]
+        tokens, system = tokens + both, ""                       # it opens the first round
         answers += [place >= len(head) for place in range(len(both))]
-    tokens, answers = tokens[:MAX_LENGTH], answers[:MAX_LENGTH]
-    return Row(tokens, answers, example.image)
+    return Row(tokens[:MAX_LENGTH], answers[:MAX_LENGTH], example.image)
 
 
 def collate(rows: list[Row], device: str, vision: vit.ViTConfig) -> tuple:
@@ -518,7 +458,7 @@ def normalise(text: str) -> str:
 def vqa_accuracy(answer: str, references: list[str]) -> float:
     """VQA accuracy v2 (Antol et al. 2015): min(1, agreeing / 3), a mean over leaving out each
     reference in turn. Both sides are normalised, as LLaVA does before it submits; the official
-    script leaves both as they are if all references are equal. Raises ValueError without any."""
+    script leaves equal references as they are. Raises ValueError without any."""
     said, wanted = normalise(answer), [normalise(reference) for reference in references]
     if not wanted:
         raise ValueError("vqa_accuracy needs at least one reference")
@@ -533,31 +473,34 @@ def grams(text: str) -> Counter:
 
 
 def cider(candidates: list[str], references: list[list[str]]) -> float:
-    """CIDEr-D (Vedantam et al. 2015) as pycocoevalcap computes it, on a scale of 0 to 10: the mean
-    over candidates and their references of 10 similarity(). Words are split on white space. Raises
-    ValueError if a candidate has no references."""
+    """CIDEr-D (Vedantam et al. 2015) as pycocoevalcap computes it, from 0 to 10: the mean over
+    candidates and their references of 10 similarity(). Raises ValueError where it has none."""
     if len(candidates) != len(references) or not candidates or not all(references):
         raise ValueError("cider needs candidates, and references for each of them")
-    wanted = [[grams(text) for text in texts] for texts in references]
+    wanted = [[*map(grams, texts)] for texts in references]
     frequency = Counter(gram for counts in wanted for gram in set().union(*counts))
-    scores = [10 * sum(similarity(grams(text), each, frequency, len(wanted)) for each in texts)
-              / len(texts) for text, texts in zip(candidates, wanted)]
-    return sum(scores) / len(scores)
+    total = 0.0
+    for text, texts in zip(candidates, wanted):
+        each = [similarity(grams(text), counts, frequency, len(wanted)) for counts in texts]
+        total += 10 * sum(each) / len(each)
+    return total / len(wanted)
 
 
 def similarity(a: Counter, b: Counter, frequency: Counter, pictures: int) -> float:
     """Mean over n = 1 to 4 of the cosine of the n-grams' tf-idf vectors, a's clipped to b's, times
-    a Gaussian penalty of sigma 6 on the difference in length, counted in 2-grams. frequency: how
-    many of the `pictures` have the n-gram in a reference."""
+    a Gaussian of the difference in 2-grams. frequency: how many of the `pictures` have each."""
+    def tf_idf(counts: Counter, n: int) -> dict:
+        return {g: k * (math.log(pictures) - math.log(max(1, frequency[g])))
+                for g, k in counts.items() if len(g) == n}
+
     total = 0.0
     for n in range(1, 5):
-        v, w = ({g: k * (math.log(pictures) - math.log(max(1, frequency[g])))
-                 for g, k in counts.items() if len(g) == n} for counts in (a, b))
-        norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (v, w)]
+        v, w = tf_idf(a, n), tf_idf(b, n)
         dot = sum(min(v[g], w[g]) * w[g] for g in v if g in w)   # not over a set: the same order
-        total += dot / (norms[0] * norms[1]) if all(norms) else dot
-    lengths = [sum(k for g, k in counts.items() if len(g) == 2) for counts in (a, b)]
-    return total / 4 * math.exp(-(lengths[0] - lengths[1]) ** 2 / (2 * 6 ** 2))
+        total += dot / (math.hypot(*v.values()) * math.hypot(*w.values()) or 1)
+    longer = sum(k for g, k in a.items() if len(g) == 2)
+    longer -= sum(k for g, k in b.items() if len(g) == 2)
+    return total / 4 * math.exp(-longer ** 2 / (2 * 6 ** 2))
 
 
 def plain(text: str) -> str:
@@ -621,9 +564,8 @@ class Words:
 
 
 def draw_examples(count: int, seed: int, asked: bool) -> list[Example]:
-    """`count` scenes [3, 32, 32] of two shapes, each with a question about one side. For
-    pretraining (not asked) the question is one word, or as in LLaVA's first stage there is none,
-    and the text tells of both sides."""
+    """`count` scenes [3, 32, 32] of two shapes, each with a question about one side. Not asked, for
+    pretraining, it is one word, or none as in LLaVA's first stage: the text tells of both sides."""
     rng, examples = np.random.default_rng(seed), []
     y, x = np.mgrid[:32, :32]
     for _ in range(count):
@@ -638,16 +580,13 @@ def draw_examples(count: int, seed: int, asked: bool) -> list[Example]:
                       "triangle": (v < .8) & (2 * a < v + 1),
                       "cross": (np.minimum(a, b) < .3) & (np.maximum(a, b) < 1)}[shape]
             pixels[inside] = np.clip(rng.normal(COLOURS[colour], 12), 0, 255)
-        left, right = (f"{colour} {shape}" for colour, shape in zip(colours, shapes))
-        sides = [("left", left), ("right", right)]
+        sides = [*zip(("left", "right"), map(" ".join, zip(colours, shapes)))]
         (side, text), (other, rest) = sides[::rng.choice([1, -1])]
-        turn = (f"<image>\n{side}", text)
-        if asked:
-            turn = (f"<image>\nWhat is on the {side}?{SHORT}", text)
-        elif rng.integers(4):
-            turn = (None, f"{side} {text} {other} {rest}")
+        question = f"<image>\nWhat is on the {side}?{SHORT}" if asked else f"<image>\n{side}"
+        if not asked and rng.integers(4):
+            question, text = None, f"{side} {text} {other} {rest}"
         image = torch.from_numpy(pixels).permute(2, 0, 1)
-        examples.append(Example(image, [turn], [turn[1]] * 10, "question"))
+        examples.append(Example(image, [(question, text)], [text] * 10, "question"))
     return examples
 
 

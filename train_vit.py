@@ -5,16 +5,14 @@
     ... --method lora      ... --resume      ... --eval-only      ... --merge
 
 --checkpoint: Google's .npz; a .pth of timm, DeiT, DINO or torchvision; a folder of Hugging Face or
-timm (config.json, pytorch_model.bin); what --merge writes. --data: a CIFAR-10 or CIFAR-100 binary
-folder; an .npz of x [N, H, W, 3] uint8 and y [N], perhaps x_test and y_test; or a folder of one
-folder of pictures per class, perhaps under train/ and test/ (or val/ ...).
+timm; what --merge writes. --data: a folder of CIFAR binaries; an .npz of x [N, H, W, 3] uint8 and
+y [N], perhaps x_test and y_test; a folder of pictures per class, perhaps under train/ and test/.
 
 Order of this file: model, loop and main, checkpoints, data, demo, what the three scripts share.
 """
 
 import argparse
 import copy
-import dataclasses
 import glob
 import hashlib
 import json
@@ -25,10 +23,9 @@ import re
 import signal
 import sys
 import time
-from collections import namedtuple
-from dataclasses import asdict, dataclass
+from collections import defaultdict, namedtuple
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -46,10 +43,9 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}     # D
 NORMALISE = {"half": HALF, "imagenet": IMAGENET}
 WIDE = (1152, 1280, 1408, 1664)      # widths of the ViTs that have 16 heads, wider than 64
 PICTURES = set(".jpg .jpeg .jfif .png .ppm .pgm .bmp .gif .webp .tif .tiff".split())
-TRAIN = ("train", "training")        # folders of a split, in any case; the first of TEST is taken
+# Folders beside train or training, in any case; the first of them that has classes is taken.
 TEST = ("test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev")
-# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned. lora4r: a
-# mean loss of 1.304 at 7e-3, 1.349 at 5e-3, 1.356 at 1e-2.
+# Tuned on the demo with seeds 100 to 103, not those reported; a checkpoint's is untuned.
 LEARNING_RATES = {"lora": 1e-2, "lora4r": 7e-3, "structlora": 1e-2, "all": 1e-2, "checkpoint": 2e-3}
 
 
@@ -195,13 +191,12 @@ def main() -> None:
                    out=("out/vit", "folder for all results"),
                    image_size=(int, "of the model, its positions resized (the checkpoint's)"),
                    num_heads=(int, "attention heads of a .pth (64 wide)"),
-                   normalise=(str, "pictures by half or imagenet (as the checkpoint says)"))
+                   normalise=(tuple(NORMALISE), "pictures so (as the checkpoint says)"))
     path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
     args.classes = None                                          # their names, also in adapter.pt
     if path:
         train, test, args.classes = read_images(args.data)
-        print(f"{len(args.classes)} classes: {', '.join(args.classes[:5])}"
-              f"{', ...' * (len(args.classes) > 5)}")
+        print(f"{len(args.classes)} classes: {', '.join(args.classes)[:99]}")
         model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
@@ -210,10 +205,7 @@ def main() -> None:
     check_rows(len(train[1]))
     for trial in runs:
         check_config(model, trial.config)
-    if isinstance(train[0], np.ndarray):                         # files
-        size = model.config.image_size
-        train, test = ((torch.stack([square(file, size) for file in files]), labels)
-                       for files, labels in (train, test))
+    train, test = (decoded(data, model.config.image_size) for data in (train, test))
     model = model if path else load_vit(pretrained(args))
     model.to(args.device, getattr(torch, args.dtype))
     name = adapters_beside(model, args)
@@ -236,22 +228,19 @@ TORCHVISION = {
     "mlp.linear_": "fc", "mlp.0": "fc1", "mlp.3": "fc2", "heads.": ""}
 HUGGINGFACE = {
     "vit.": "", "encoder.layer.": "blocks.", "layernorm_before": "norm1",
-    "layernorm_after": "norm2", "attention.attention.query": "attn.q_proj",
-    "attention.attention.key": "attn.k_proj", "attention.attention.value": "attn.v_proj",
-    "attention.output.dense": "attn.o_proj", "intermediate.dense": "fc1", "output.dense": "fc2",
-    "layernorm.": "norm.", "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed", "classifier.": "head.",
+    "layernorm_after": "norm2", "layernorm.": "norm.", "attention.attention": "attn",
+    "query": "q_proj", "key": "k_proj", "value": "v_proj", "attention.output.dense": "attn.o_proj",
+    "intermediate.dense": "fc1", "output.dense": "fc2", "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed", "classifier.": "head.",
+    "embeddings.patch_embeddings.projection": "patch_embed",
     "layers.": "blocks.", ".attention.": ".attn.", "mlp.": ""}   # transformers 5, in memory
 GOOGLE = {
-    "opt/target/": "", "cls": "cls_token", "Transformer/encoder_norm": "norm", "kernel": "weight",
-    "scale": "weight", "Transformer/encoderblock_": "blocks.",
-    "Transformer/posembed_input/pos_embedding": "pos_embed", "embedding/": "patch_embed/",
-    "MultiHeadDotProductAttention_1/query": "attn.q_proj", "LayerNorm_0": "norm1",
-    "MultiHeadDotProductAttention_1/key": "attn.k_proj", "LayerNorm_2": "norm2",
-    "MultiHeadDotProductAttention_1/value": "attn.v_proj", "MlpBlock_3/Dense_0": "fc1",
-    "MultiHeadDotProductAttention_1/out": "attn.o_proj", "MlpBlock_3/Dense_1": "fc2",
-    "/": "."}
+    "opt/target/": "", "Transformer/": "", "encoder_norm": "norm", "encoderblock_": "blocks.",
+    "cls": "cls_token", "posembed_input/pos_embedding": "pos_embed", "embedding/": "patch_embed/",
+    "LayerNorm_0": "norm1", "LayerNorm_2": "norm2", "MultiHeadDotProductAttention_1": "attn",
+    "query": "q_proj", "key": "k_proj", "value": "v_proj", "out/": "o_proj/",
+    "MlpBlock_3/Dense_0": "fc1", "MlpBlock_3/Dense_1": "fc2",
+    "kernel": "weight", "scale": "weight", "/": "."}
 SETTINGS = {"model_type": "vit", "hidden_act": "gelu", "num_channels": 3, "qkv_bias": True,
             "problem_type": "single_label_classification", "global_pool": "token"} | dict.fromkeys(
     """num_attention_heads layer_norm_eps id2label hidden_size num_hidden_layers intermediate_size
@@ -274,47 +263,48 @@ def load_vit(path: str | Path, num_classes: int | None = None, image_size: int |
     num_classes other than the file's: a new head of zeros. names: those of the classes, see
     fit_head. image_size other than the file's: position embeddings resized (bicubic). num_heads:
     for .pth files, which do not say (64 wide heads, or 16 if the width is one of WIDE). normalise:
-    "half" or "imagenet", whatever the file says. Raises ValueError that names file and key."""
-    path = Path(path)
+    a key of NORMALISE, whatever the file says. Raises ValueError that names file and key."""
+    path, asked = Path(path), NORMALISE[normalise] if normalise else {}
     with reading(path):
-        if normalise not in (None, *NORMALISE):
-            raise ValueError(f"--normalise {normalise}: must be one of {', '.join(NORMALISE)}")
         read = read_folder if path.is_dir() else read_google if path.suffix == ".npz" else read_pth
         t, known = read(path)                        # tensors, and what the file says of ViTConfig
         check_tensors(t)
-        (width, _, patch, _), tokens = t["patch_embed.weight"].shape, t["pos_embed"].shape[1]
-        depth, size = sum("norm1.weight" in name for name in t), math.isqrt(tokens - 1) * patch
-        heads = known.pop("heads", None) or (16 if width in WIDE else width // 64) or 1
-        if wrong := set(known.pop("sizes", ())) - {None, size, image_size}:
-            raise ValueError(f"pictures of size {min(wrong)} for a model of {size} x {size}")
-        if image_size not in (None, size):
-            t["pos_embed"], size = resized(t["pos_embed"], image_size, patch), image_size
-        guess = {} if normalise else known.get("guess", {})
-        known |= NORMALISE.get(normalise, known.pop("guess", {}))
+        (width, _, patch, _), positions = t["patch_embed.weight"].shape, t["pos_embed"]
+        side = math.isqrt(positions.shape[1] - 1)
+        size, depth = image_size or side * patch, sum("norm1.weight" in name for name in t)
+        if size % patch:
+            raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
+        if size != side * patch:                     # the class token's, the first, stays
+            grid = positions[:, 1:].mT.unflatten(2, (side, -1))                  # [1, D, S/P, S/P]
+            grid = F.interpolate(grid, (size // patch,) * 2, mode="bicubic", align_corners=False)
+            t["pos_embed"] = torch.cat([positions[:, :1], grid.flatten(2).mT], 1)
+        guess = known.pop("guess", False) and not asked
+        usual = 16 if width in WIDE else max(1, width // 64)
+        known |= {"heads": num_heads or known.get("heads", usual), **asked}
         known["names"] = fit_head(t, known.get("names", ()), names, num_classes, path)
         with torch.device("meta"):
-            model = ViT(ViTConfig(size, patch, width, depth, num_heads or heads,
-                                  len(t["blocks.0.fc1.weight"]), len(t["head.weight"]), **known))
+            model = ViT(ViTConfig(size, patch, width, depth, mlp=len(t["blocks.0.fc1.weight"]),
+                                  classes=len(t["head.weight"]), **known))
         model.load_state_dict(t, assign=True)
         c = model.config
         if not len(c.mean) == len(c.std) == 3 or not min(c.std) > 0:
             raise ValueError(f"mean {c.mean} and deviation {c.std} are not of three colours")
-    print(f"{path}: {depth} blocks, {c.heads} heads, {size} x {size}, normalised with mean "
-          f"{c.mean} and deviation {c.std}{' (a guess: --normalise)' * bool(guess)}")
+    print(f"{path}: {depth} blocks, {c.heads} heads, squares of {size} x {size}, normalised with "
+          f"mean {c.mean} and deviation {c.std}{' (a guess: --normalise)' * guess}")
     return model
 
 
 def check_tensors(t: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError for a tensor that has no place in a ViT (pre_logits may go with the head),
-    if one of the first block or around the blocks is lacking, and for NaN."""
+    """Raises ValueError for a tensor that has no place in a ViT (a distilled token, registers,
+    layer scale, another prefix), for one that is lacking, and for NaN. A head may be lacking or
+    have pre_logits."""
     with torch.device("meta"):
-        mine = ViT(ViTConfig(1, 1, 1, 1, 1, 1, 1)).state_dict()
-    for name in t:       # a distilled token, registers, layer scale, a mean over tokens, a prefix
-        if re.sub(r"(?<=^blocks\.)\d+", "0", name) not in mine and "pre_logits" not in name:
-            raise ValueError(f"{name} is no part of a plain ViT with a class token{READ}")
-    for name in mine:
-        if "head" not in name and name not in t:
-            raise ValueError(f"{name} is missing{READ}")
+        depth = sum("norm1.weight" in name for name in t)
+        mine = ViT(ViTConfig(1, 1, 1, depth, 1, 1, 1)).state_dict()
+    for name in t | mine:
+        if (name not in mine or name not in t) and not name.startswith(("head.", "pre_logits")):
+            what = "missing" if name in mine else "no part of a plain ViT with a class token"
+            raise ValueError(f"{name} is {what}{READ}")
     structlora.check_finite(t)
 
 
@@ -325,38 +315,28 @@ def fit_head(t: dict[str, torch.Tensor], had: tuple, names: list[str] | None, co
     head of as many is kept. Classes that the file does not have get a new one of zeros."""
     rows = len(t.get("head.weight", ()))
     numbers = [str(n) for n in range(rows)]
-    if list(had) in (numbers, [f"LABEL_{n}" for n in numbers]) or not rows:
+    if list(had) in (numbers, [f"LABEL_{n}" for n in numbers]):
         had = ()
     if names is None and count in (None, rows):
         return had
-    named, numbered = set(names or ()) <= set(had), set(names or ()) == set(numbers)
-    if names and named and len(set(had)) == rows:
-        order = [had.index(name) for name in names]
-        how = "the rows of its head follow the names of the classes"
-    elif names and len(names) == rows and (numbered or not had):     # folders 0, 1, 10, 2 ...
-        order = [int(name) for name in names] if numbered else [*range(rows)]
+    names, of_row = tuple(names or ()), had
+    how = "the rows of its head follow the names of the classes"
+    if set(names) == set(numbers) or len(names) == rows and not had:
+        of_row = numbers if set(names) == set(numbers) else names        # folders 0, 1, 10, 2 ...
         who = "the data only number their" if had else "the file does not name its"
         how = f"its head is kept as it is, since {who} classes"
+    if names and set(names) <= set(of_row) and len(set(of_row)) == rows:
+        order = [of_row.index(name) for name in names]
+        t |= {key: t[key][order] for key in ("head.weight", "head.bias")}
     else:
-        order, count = [], len(names) if names else count
+        count = len(names) or count
         how = f"a new head for {count} classes" + f", not for {', '.join(had[:5])}" * bool(had)
         for key in [key for key in t if key.startswith("pre_logits")]:
             del t[key]
-    for key, shape in (("head.weight", (count, len(t["norm.bias"]))), ("head.bias", (count,))):
-        t[key] = t[key][order] if order else torch.zeros(shape)
+        t |= {"head.weight": torch.zeros(count, len(t["norm.bias"])),
+              "head.bias": torch.zeros(count)}
     print(f"{path}: {how}")
-    return tuple(names or ())
-
-
-def resized(positions: torch.Tensor, size: int, patch: int) -> torch.Tensor:
-    """Position embeddings [1, 1 + grid^2, D], the class token's first, for size x size pixels."""
-    grid, rest = divmod(size, patch)
-    if rest:
-        raise ValueError(f"image size {size} is no multiple of the patch, {patch}")
-    old = positions[:, 1:].mT                                            # [1, D, old grid^2]
-    old = old.unflatten(2, (math.isqrt(old.shape[2]), -1))
-    new = F.interpolate(old, (grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], new.flatten(2).mT], 1)
+    return names
 
 
 def renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
@@ -380,29 +360,27 @@ def read_pth(path: Path) -> tuple[dict, dict]:
     files, and without a head, like DINO's; by half otherwise, like most of timm's."""
     try:
         file = load_torch(path)
-    except pickle.UnpicklingError as error:
-        if "argparse.Namespace" not in str(error):
-            raise
-        raise ValueError("holds the options of its training (a Namespace) too. If you trust it, "
-                         f"save its tensors anew: torch.save({{'model': torch.load('{path.name}', "
+    except pickle.UnpicklingError:
+        raise ValueError("more than tensors, or damaged; nothing in it was run. If you trust it, "
+                         f"save them anew: torch.save({{'model': torch.load('{path.name}', "
                          "weights_only=False)['model']}, 'tensors.pth')") from None
     file = file if isinstance(file, dict) else {}
     tensors = file.get("model", file.get("state_dict", file))
-    if not tensors or not isinstance(tensors, dict) or not all(
-            map(torch.is_tensor, tensors.values())):
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError(f"holds {', '.join(map(str, file))[:99]}{READ}")
     if "vit" in file:
         return renamed(tensors, {}), file["vit"]
     if any("conv_proj." in name for name in tensors):
         return renamed(tensors, TORCHVISION), {**IMAGENET}
     tensors = renamed(tensors, TIMM)
-    return tensors, {"guess": IMAGENET if "model" in file or "head.weight" not in tensors else HALF}
+    return tensors, {**(IMAGENET if "model" in file or "head.weight" not in tensors else HALF),
+                     "guess": True}
 
 
 def read_folder(folder: Path) -> tuple[dict, dict]:
     """config.json and pytorch_model.bin: timm's hub, or ViTForImageClassification or ViTModel of
     Hugging Face, whose preprocessor_config.json says how pictures are normalised."""
-    tensors, image, processor = {}, {}, folder / "preprocessor_config.json"
+    tensors, processor = {}, folder / "preprocessor_config.json"
     for file in weight_files(folder):
         with reading(file):
             tensors |= load_torch(file)
@@ -411,47 +389,41 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
     if "architecture" in config:                                 # timm's
         if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+(\..*)?", config["architecture"]):
             raise ValueError(f"config.json: {config['architecture']} is no plain ViT")
+        tensors, known = renamed(tensors, TIMM), {}
         timm, names = config.get("pretrained_cfg") or {}, config.get("label_names") or ()
-        image = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
-        known, sizes = {}, timm.get("input_size", ())[-1:]
-        tensors = renamed(tensors, TIMM)
+        mean, std = timm.get("mean"), timm.get("std")
     else:
-        if processor.exists():
-            image = read_json(processor)
-            only(image, PROCESSOR, IGNORED, processor.name)
+        tensors = renamed({name: tensor for name, tensor in tensors.items()
+                           if "pooler." not in name}, HUGGINGFACE)
         known = {"heads": config.get("num_attention_heads", 12),
                  "eps": config.get("layer_norm_eps", 1e-12)}
-        sizes, labels = [config.get("image_size")], config.get("id2label") or {}
-        for size in image.get("size"), image.get("crop_size"):
-            sizes += size.values() if isinstance(size, dict) else [size]
+        labels = config.get("id2label") or {}
         names = [labels.get(str(n)) for n in range(len(labels))]
-        tensors = {name: tensor for name, tensor in renamed(tensors, HUGGINGFACE).items()
-                   if not name.startswith("pooler.")}
+        image = read_json(processor) if processor.exists() else {}
+        only(image, PROCESSOR, IGNORED, processor.name)
+        mean, std = image.get("image_mean"), image.get("image_std")
+        if image.get("do_normalize") is False:
+            mean, std = (0.0,) * 3, (1.0,) * 3
     if None in names or names and len(names) != len(tensors.get("head.weight", names)):
         raise ValueError(f"config.json names {len(names)} classes, not those of the head")
-    mean, std = image.get("image_mean"), image.get("image_std")
-    known |= {"mean": tuple(mean), "std": tuple(std)} if mean and std else {"guess": HALF}
-    if image.get("do_normalize") is False:
-        known |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "guess": {}}
-    return tensors, known | {"names": tuple(names), "sizes": sizes}
+    known |= {"mean": tuple(mean), "std": tuple(std)} if mean and std else {"guess": True}
+    return tensors, known | {"names": tuple(names)}
 
 
 def read_google(path: Path) -> tuple[dict, dict]:
-    """Google's Flax .npz: kernels are [in, out], attention kernels keep the heads apart."""
+    """Google's Flax .npz: kernels are [in, out], those of attention keep the heads apart."""
     with np.load(path, allow_pickle=False) as file:
         tensors = renamed({key: torch.from_numpy(file[key]) for key in file.files}, GOOGLE)
     check_tensors(tensors)
-    heads = tensors["blocks.0.attn.q_proj.weight"].shape[1]
+    heads = tensors["blocks.0.attn.q_proj.weight"].shape[1]      # [D, H, D/H]
     for key, tensor in tensors.items():
         if key == "patch_embed.weight":
-            tensor = tensor.permute(3, 2, 0, 1)                  # [P, P, 3, D] -> [D, 3, P, P]
-        elif key.endswith("o_proj.weight"):
-            tensor = tensor.flatten(0, 1).T                      # [H, D/H, D] -> [D, D]
-        elif key.endswith("weight") and tensor.dim() > 1:
-            tensor = tensor.flatten(1).T                         # [D, out] or [D, H, D/H]
-        elif key.endswith("_proj.bias"):
-            tensor = tensor.flatten()                            # [H, D/H] -> [D]
-        tensors[key] = tensor.contiguous()
+            tensors[key] = tensor.permute(3, 2, 0, 1).contiguous()       # [P, P, 3, D]
+        elif key.endswith("weight") and tensor.dim() > 1:        # its bias has as many as come out
+            out = tensors[key.replace("weight", "bias")].numel()
+            tensors[key] = tensor.reshape(-1, out).T.contiguous()
+        elif key.endswith("bias"):
+            tensors[key] = tensor.flatten()
     return tensors, {"heads": heads}                             # pictures by half
 
 
@@ -477,10 +449,9 @@ def read_images(path: str | Path) -> tuple[tuple, tuple, list[str]]:
             place = torch.cat([torch.arange(n) for n in train[1].bincount()])
             train, *test = take(train, order[place % 5 != 1]), take(train, order[place % 5 == 1])
         there, asked = set(train[1].tolist()), set(test[0][1].tolist())
-        if len(there) < 2:
-            raise ValueError(f"only one class, {names[0]}: expected is a folder for each")
-        if not asked:
-            raise ValueError(f"{len(train[1])} images, and none of them to test")
+        if len(there) < 2 or not asked:
+            raise ValueError(f"only {len(there)} class, or none to test: expected is a folder for "
+                             "each class, of two images at least")
         if asked - there:
             raise ValueError(f"class {names[min(asked - there)]} is only in the test part")
     return train, test[0], names
@@ -493,35 +464,31 @@ def take(data: tuple, indices: torch.Tensor) -> tuple:
 
 def read_cifar(folder: Path) -> tuple[list[tuple], list[str]]:
     """CIFAR-10 (data_batch_1.bin ..., test_batch.bin) or CIFAR-100 (train.bin, test.bin), with the
-    classes' names if batches.meta.txt or fine_label_names.txt is there."""
-    parts, first, classes = [["train.bin"], ["test.bin"]], 2, 100
-    if not (folder / "train.bin").exists():
-        count = len([*folder.glob("data_batch_*.bin")])
-        parts = [[f"data_batch_{n + 1}.bin" for n in range(count)], ["test_batch.bin"]]
-        first, classes = 1, 10
-    data, meta = [], folder / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")
+    classes' names if they are there. A row is the label (two, of which the last counts), pixels."""
+    labels, classes, meta = 1, 10, folder / "batches.meta.txt"
+    count = len([*folder.glob("data_batch_*.bin")])
+    data, parts = [], [[f"data_batch_{n + 1}.bin" for n in range(count)], ["test_batch.bin"]]
+    if (folder / "train.bin").exists():
+        labels, classes, meta = 2, 100, folder / "fine_label_names.txt"
+        parts = [["train.bin"], ["test.bin"]]
     for part in parts:
-        batches = [read_batch(folder / name, first, classes) for name in part]
-        data.append(tuple(torch.cat(tensors) for tensors in zip(*batches)))
+        batches = []
+        for path in [folder / name for name in part]:
+            with reading(path):
+                rows = np.fromfile(path, np.uint8)
+                if not rows.size or rows.size % (labels + 3072):
+                    raise ValueError(f"empty, cut short, or not rows of {labels + 3072} bytes")
+                batches.append(torch.from_numpy(rows).view(-1, labels + 3072))
+                if (most := batches[-1][:, labels - 1].max()) >= classes:
+                    raise ValueError(f"label {most} of {classes} classes")
+        rows = torch.cat(batches)
+        data.append((rows[:, labels:].reshape(-1, 3, 32, 32), rows[:, labels - 1].long()))
     names = [str(n) for n in range(classes)]
     if meta.exists():
         names = meta.read_text(encoding="utf-8").split()
     if len(names) != classes:
         raise ValueError(f"{meta.name} names {len(names)} classes, not {classes}")
     return data, names
-
-
-def read_batch(path: Path, first: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One CIFAR file: rows of `first` label bytes (the last one counts) and 3,072 of pixels."""
-    with reading(path):
-        rows = path.read_bytes()
-        if not rows or len(rows) % (first + 3072):
-            raise ValueError(f"empty, cut short, or not rows of {first + 3072} bytes")
-        rows = torch.frombuffer(bytearray(rows), dtype=torch.uint8).view(-1, first + 3072)
-        labels = rows[:, first - 1].long()
-        if labels.max() >= classes:
-            raise ValueError(f"label {labels.max()} of {classes} classes")
-    return rows[:, first:].reshape(-1, 3, 32, 32), labels
 
 
 def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
@@ -539,7 +506,8 @@ def read_arrays(path: Path) -> tuple[list[tuple], list[str]]:
             if y.is_floating_point() or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 10**6:
                 raise ValueError(f"y{end} is {y.dtype} {list(y.shape)}, not {len(x)} class numbers")
             data.append((x.permute(0, 3, 1, 2), y.long()))
-    return data, [str(n) for n in range(1 + max(int(labels.max()) for _, labels in data))]
+    classes = 1 + int(torch.cat([labels for _, labels in data]).max())
+    return data, [str(n) for n in range(classes)]
 
 
 def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
@@ -549,33 +517,31 @@ def read_folders(path: Path) -> tuple[list[tuple], list[str]]:
     files = [Path(file) for file in sorted(glob.glob("**", root_dir=path, recursive=True))
              if Path(file).suffix.lower() in PICTURES]
     tops = {file.parts[0] for file in files if len(file.parts) > 1}
-    trains = [top for top in tops if top.lower() in TRAIN]
+    trains = [top for top in tops if top.lower() in ("train", "training")]
     tests = [top for name in TEST for top in tops if top.lower() == name]
-    split = bool(trains or tests)
-    if split and (len(trains) != 1 or tops - {*trains, *tests}):
-        raise ValueError(f"{', '.join(sorted(tops))}: expected are folders of classes, or train "
-                         f"and one of {', '.join(TEST)}")
-    rows = [(file.parts[0] if split else "", file.parts[split], path / file) for file in files
-            if len(file.parts) > split + 1]                      # (part, class, file)
-    train, data = trains[0] if split else "", []
-    names = sorted({name for part, name, _ in rows if part == train})
-    labelled = [t for t in tests if any(part == t and name in names for part, name, _ in rows)]
-    if not names or tests and not labelled:
-        raise ValueError(f"{', '.join(tests)}: no folders of the classes that {train} has" if names
-                         else "no folder of CIFAR binaries, or of one of images per class")
-    for part in (train, *labelled[:1]):
-        mine = [(name, file) for where, name, file in rows if where == part]
-        if more := {name for name, _ in mine} - {*names}:
-            raise ValueError(f"class {min(more)} is only in the test part, {part}")
-        labels = torch.tensor([names.index(name) for name, _ in mine])
-        data.append((np.array([file for _, file in mine]), labels))
-    if labelled:
-        print(f"{path}: tested on {labelled[0]}")
+    split, rows, data = bool(trains or tests), defaultdict(list), []
+    for file in files:
+        if len(file.parts) > 1 + split:                          # part -> (class, file)
+            rows[file.parts[0] if split else ""].append((file.parts[split], path / file))
+    train = trains[0] if trains else ""
+    tested = [part for part in tests if dict(rows[part]).keys() & dict(rows[train]).keys()][:1]
+    strange = split and (len(trains) != 1 or tops - {*trains, *tests} or tests and not tested)
+    if strange or not rows[train]:
+        raise ValueError(f"holds {', '.join(sorted(tops))[:99] or 'no pictures in folders'}; read "
+                         "are CIFAR binaries, a folder of pictures for each class, or train and "
+                         f"one of {', '.join(TEST)} with such folders in them")
+    names = sorted({name for part in (train, *tested) for name, _ in rows[part]})
+    for part in (train, *tested):
+        labels = torch.tensor([names.index(name) for name, _ in rows[part]])
+        data.append((np.array([file for _, file in rows[part]]), labels))
+    if tested:
+        print(f"{path}: tested on {tested[0]}")
     return data, names
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file, upright, transparency on black. Needs Pillow."""
+def read_picture(path: Path, size: int | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of an image file, upright, transparency on black; with a size the square in
+    its centre, resized. Needs Pillow."""
     with reading(path):
         from PIL import Image, ImageOps
         with Image.open(path) as image:
@@ -588,34 +554,35 @@ def read_picture(path: Path) -> np.ndarray:
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            return np.array(image.convert("RGB"))
+            image = image.convert("RGB")
+            square = (size, size) if size else image.size
+            return np.array(ImageOps.fit(image, square, Image.Resampling.BICUBIC))
 
 
-def square(path: Path, size: int) -> torch.Tensor:
-    """uint8 [3, size, size] of an image file: the square in its centre, resized."""
-    x = torch.from_numpy(read_picture(path)).permute(2, 0, 1)
-    side = min(x.shape[1:])
-    top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
-    x = x[None, :, top:top + side, left:left + side]
-    return F.interpolate(x, (size, size), mode="bicubic", antialias=True)[0]
+def decoded(data: tuple, size: int) -> tuple:
+    """`data` with its files, if it is of files, read to uint8 [N, 3, size, size]."""
+    if torch.is_tensor(data[0]):
+        return data
+    images = np.stack([read_picture(file, size) for file in data[0]])            # [N, S, S, 3]
+    return torch.from_numpy(images).permute(0, 3, 1, 2), data[1]
 
 
 def prepare(x: torch.Tensor, config: ViTConfig, augment: bool = False) -> torch.Tensor:
     """uint8 [N, 3, H, W] -> normalised images [N, 3, S, S]. augment: each flipped at random, and
-    moved by up to an eighth of its size."""
-    x, N, size = x.float() / 255, len(x), (config.image_size,) * 2
+    moved by up to an eighth of its size, its border repeated."""
+    (N, _, H, W), size, device = x.shape, (config.image_size,) * 2, x.device
     if augment:
-        move = torch.zeros(N, 2, 3, device=x.device)             # affine: where a pixel comes from
-        move[:, 0, 0] = torch.randint(0, 2, (N,), device=x.device) * 2.0 - 1
-        move[:, 1, 1] = 1.0
-        for axis, side in ((0, x.shape[3]), (1, x.shape[2])):    # by whole pixels
-            pixels = torch.randint(-(side // 8), side // 8 + 1, (N,), device=x.device)
-            move[:, axis, 2] = pixels * 2 / side
-        grid = F.affine_grid(move, x.shape, align_corners=False)
-        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    if x.shape[2:] != size:
+        flip = torch.randint(0, 2, (N, 1), device=device) == 0
+        right, down = (torch.randint(-(side // 8), side // 8 + 1, (N, 1), device=device)
+                       for side in (W, H))
+        image, row, column = (torch.arange(n, device=device) for n in (N, H, W))
+        column = (torch.where(flip, column.flip(0), column) + right).clamp(0, W - 1)     # [N, W]
+        row = (row + down).clamp(0, H - 1)                                       # [N, H]
+        x = x[image[:, None, None], :, row[:, :, None], column[:, None]].movedim(3, 1)
+    x = x.float() / 255
+    if (H, W) != size:
         x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (config.mean, config.std))
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (config.mean, config.std))
     return (x - mean) / std
 
 
@@ -689,7 +656,7 @@ Trial = namedtuple("Trial", "name out config lr")
 OPTIONS = {                          # name -> default, or a type if there is none; help
     "checkpoint": (str, "the pretrained model; without it the demo runs"),
     "data": (str, "what to train and to test on"),
-    "method": ("structlora", "structlora or lora; the demo runs both"),
+    "method": (("structlora", "lora"), "the first without it; the demo runs both"),
     "rank": (2, "directions of a layer"),
     "alpha": (float, "updates are scaled by alpha / rank (2 rank)"),
     "dropout": (Config.dropout, "on the input of the update"),
@@ -712,37 +679,37 @@ OPTIONS = {                          # name -> default, or a type if there is no
     "eval_only": (False, "only score the checkpoint, with OUT/adapter.pt if there is one"),
     "merge": (False, "also write the merged model, OUT/merged.pt"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 ..."),
-    "dtype": (str, "float32 or bfloat16 (bfloat16 on cuda)")}
+    "dtype": (("float32", "bfloat16"), "of the model and its passes (bfloat16 on cuda)")}
 
 
 def options(description: str, **own) -> argparse.Namespace:
-    """The options of a script, checked: OPTIONS and its `own`, name=(default or type, help). Joins
-    the processes that torchrun started."""
+    """The options of a script, checked: OPTIONS and its `own`, name=(default, type if there is none
+    or choices; help). Joins the processes that torchrun started."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=argparse.SUPPRESS,    # also of an error: one line
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, words) in (OPTIONS | own).items():
-        how = {"type": default, "help": words}
+        how = {"type": default}
         if default is False:
-            how = {"action": "store_true", "help": words}
+            how = {"action": "store_true"}
+        elif isinstance(default, tuple):
+            how = {"choices": default}
         elif not isinstance(default, type):
-            how = {"type": type(default), "default": default, "help": f"{words} ({default})"}
-        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+            how, words = {"type": type(default), "default": default}, f"{words} ({default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=words, **how)
     args = parser.parse_args()
     cuda, out = args.device.startswith("cuda"), Path(args.out).absolute()
+    args.method = args.method or "structlora"
     args.alpha = 2.0 * args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     for name, value in vars(args).items():
-        number = type(value) in (int, float) and name not in ("seed", "dropout", "beta")
-        if number and not 0 < value < 2**31 or name == "seed" and not 0 <= value < 2**31:
+        zero = value == 0 and name in ("seed", "dropout", "beta")
+        if type(value) in (int, float) and not 0 < value < 2**31 and not zero:
             raise ValueError(f"--{name.replace('_', '-')} {value}: out of range")
-    if args.method not in ("structlora", "lora") or args.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--method {args.method} --dtype {args.dtype}: not supported")
     if args.fraction and (args.fraction > 1 or args.shots):
         raise ValueError("--fraction: at most 1, and not together with --shots")
     if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
         raise ValueError("--checkpoint and --data go together; --eval-only needs them")
-    make_config(args)
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: cannot be written")
@@ -754,52 +721,44 @@ def options(description: str, **own) -> argparse.Namespace:
         dist.init_process_group("nccl" if cuda else "gloo")
         sys.stdout = open(os.devnull, "w", encoding="utf-8") if dist.get_rank() else sys.stdout
     args.processes = processes()[1]
-    try:
+    with reading(f"--device {args.device}"):
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from None
     return args
-
-
-def make_config(args: argparse.Namespace, **changes) -> Config:
-    """The Config that the options describe: of a checkpoint's --method lora, plain LoRA's."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
-    return Config(**fields | (PLAIN if args.method == "lora" and args.checkpoint else {}) | changes)
 
 
 def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[Trial]:
     """The runs of this command line: one on a checkpoint (none with --eval-only), and four in a
     demo. learning_rates: of "checkpoint", and of the demo's, which are also its folders."""
     r, wide = args.rank, {"rank": 4 * args.rank, "alpha": 4 * args.alpha}
-    table = (("lora", f"LoRA r={r}", PLAIN), ("lora4r", f"LoRA r={4 * r}", PLAIN | wide),
+    table = [("lora", f"LoRA r={r}", PLAIN), ("lora4r", f"LoRA r={4 * r}", PLAIN | wide),
              ("structlora", f"StructLoRA r={r}", {}),
-             ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"}))
+             ("all", f'StructLoRA r={r} "all" (ours)', {"edges": "all"})]
     if args.checkpoint:
-        table = [("checkpoint", f"{args.method} r={r}", {})] * (not args.eval_only)
-    return [Trial(name, Path(args.out, key if not args.checkpoint else ""),
-                  make_config(args, **changes), args.lr or learning_rates[key])
+        changes = PLAIN if args.method == "lora" else {}
+        table = [("checkpoint", f"{args.method} r={r}", changes)] * (not args.eval_only)
+    given = {field.name: getattr(args, field.name) for field in fields(Config)}
+    return [Trial(name, Path(args.out, "" if args.checkpoint else key),
+                  Config(**given | changes), args.lr or learning_rates[key])
             for key, name, changes in table]
 
 
 def check_config(model: nn.Module, config: Config) -> None:
-    """Raises ValueError if `model` cannot be adapted like this: known before files are written and
-    anything long starts. Attaches and removes adapters, which leaves no trace."""
+    """Raises ValueError if `model` cannot be adapted so, before anything long; leaves no trace."""
     attach(model, config).detach()
 
 
 def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
-    """With --eval-only gives `model` the adapters of OUT/adapter.pt, if there are any. Returns what
-    is scored: the name of the table's first row."""
+    """With --eval-only gives `model` the adapters of OUT/adapter.pt, if there are any and it is not
+    OUT/merged.pt, which has them in it. Returns the name of the table's first row."""
     path = Path(args.out, "adapter.pt")
-    if not args.eval_only or not path.exists() or (              # OUT/merged.pt has them in it
-            Path(args.checkpoint).resolve().parent == path.resolve().parent):
+    if not args.eval_only or not path.exists() or path.resolve().parent == Path(
+            args.checkpoint).resolve().parent:
         return "frozen"
     with reading(path):
         classes = load_torch(path).get("options", {}).get("classes")     # of train_vit.py
-        mine = vars(args).get("classes") or ()
-        if classes and classes != mine:
+        if classes and classes != args.classes:
             raise ValueError(f"its classes are {', '.join(classes)[:99]}, not "
-                             f"{', '.join(mine)[:99]}")
+                             f"{', '.join(args.classes)[:99]}")
     StructLoRA.load(model, path)
     return str(path)
 
@@ -816,7 +775,7 @@ def only(record: dict, known: tuple | dict, ignored: tuple = (), what: str = "")
             raise ValueError(f"{what} {key} is {value!r}; only {wanted!r} is read".lstrip())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path):
     """The value of a .json file, which is named if it is none."""
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
@@ -827,26 +786,23 @@ def weight_files(folder: str | Path) -> list[Path]:
     pytorch_model.bin, else those of pytorch_model.bin.index.json, else the one complete set of
     pytorch_model-0000i-of-0000n.bin. Nothing else is read: of safetensors beside them, which
     transformers would prefer, that is said. Raises ValueError that names what is missing."""
-    folder, chosen = Path(folder), ["pytorch_model.bin"]
-    names, index = {path.name for path in folder.iterdir()}, "pytorch_model.bin.index.json"
-    parts = sorted(n for n in names if re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", n))
+    folder, index, chosen = Path(folder), "pytorch_model.bin.index.json", ["pytorch_model.bin"]
+    names = sorted(path.name for path in folder.iterdir())
+    parts = [n for n in names if re.fullmatch(r"pytorch_model-\d{5}-of-\d{5}\.bin", n)]
     if chosen[0] not in names and index in names:
         chosen = sorted(set(read_json(folder / index)["weight_map"].values()))
-    elif chosen[0] not in names and parts:
+    elif chosen[0] not in names and len({name[-9:] for name in parts}) == 1:
         count = int(parts[0][-9:-4])
         chosen = [f"pytorch_model-{i:05d}-of-{count:05d}.bin" for i in range(1, count + 1)]
-        if more := [name for name in parts if not name.endswith(chosen[0][-9:])]:
-            raise ValueError(f"{folder}: {parts[0]} and {more[0]}, and no {index}: which?")
-    elif chosen[0] not in names and "adapter_config.json" in names:
+    missing = [name for name in chosen if name not in names]
+    if missing and "adapter_config.json" in names:
         raise ValueError(f"{folder}: an adapter of PEFT, no model: merge it into its model first")
-    elif chosen[0] not in names:
-        load_torch(folder / chosen[0])                           # says what to do about safetensors
-    for name in chosen:
-        if name not in names:
-            raise ValueError(f"{folder / name}: missing")
+    if missing and not parts:
+        load_torch(folder / missing[0])                          # says what to do about safetensors
+    if missing:
+        raise ValueError(f"{folder / missing[0]}: missing; there are {', '.join(names)[:200]}")
     if any(name.endswith(".safetensors") for name in names):
-        print(f"{folder}: {chosen[0]} is read{', and so on' * (len(chosen) > 1)}; the safetensors "
-              "beside it are not")
+        print(f"{folder}: {chosen[0]} ... are read; the safetensors beside them are not")
     return [folder / name for name in chosen]
 
 
@@ -865,7 +821,7 @@ def processes() -> tuple[int, int]:
 
 
 def check_rows(count: int) -> None:
-    """Raises ValueError if there are fewer training rows than processes: one would have none."""
+    """Raises ValueError if a process of torchrun would have no training row."""
     if count < processes()[1]:
         raise ValueError(f"{count} training rows for {processes()[1]} processes")
 
@@ -917,11 +873,10 @@ def save_run(out: Path, adapters: StructLoRA, optimizer, lines: list[dict],
 def costs(adapters: StructLoRA, lines: list[dict]) -> dict[str, str]:
     """What a run took, for its row of the table; the merged rank is a mean over the layers. To be
     called before merge() or detach()."""
-    told = adapters.diagnostics()
+    told, times = adapters.diagnostics(), sorted(line["ms"] for line in lines)
     kept, rate = told["kept"].values(), sum(told["rate"].values())
     edges = sum(int((mixing != 0).sum()) for mixing in told["mixing"].values())
     trainable = sum(p.numel() for group in adapters.param_groups(0.0) for p in group["params"])
-    times = sorted(line["ms"] for line in lines)
     return {"trainable": f"{trainable:,}", "merged rank": f"{sum(kept) / len(kept):.1f}",
             "rate (nats)": f"{rate:.1f}", "kept": f"{sum(kept)}/{edges * adapters.config.rank}",
             "ms/step": f"{times[len(times) // 2]:.1f}"}
@@ -934,14 +889,15 @@ def summary(name: str, scores: dict[str, float], told: dict[str, str] | None = N
 
 def print_table(rows: list[dict[str, str]]) -> None:
     """The rows as a table with right-aligned columns; it is also valid Markdown."""
-    columns = list(rows[-1])
-    rows = [dict(zip(columns, columns)), dict.fromkeys(columns, "-:"), *rows]
-    widths = {column: max(len(row.get(column, "-")) for row in rows) for column in columns}
-    for row in rows:
-        print("|", " | ".join(row.get(c, "-").rjust(widths[c]) for c in columns), "|", flush=True)
+    columns = []
+    for name in rows[-1]:
+        cells = [name, "-:"] + [row.get(name, "-") for row in rows]
+        columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+    for line in zip(*columns):
+        print("|", " | ".join(line), "|", flush=True)
 
 
-def exit_status(main: Callable[[], None]) -> int:
+def exit_status(main) -> int:
     """Calls main(); a user's error becomes one line on stderr and status 2, Ctrl-C 130. What the
     console cannot print is escaped: a name must not end a run."""
     for stream in (sys.stdout, sys.stderr):

@@ -16,6 +16,7 @@ import resource
 import signal
 import struct
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -70,11 +71,10 @@ def put_vit(folder):
 
 def put_shard(folder):
     """A Hugging Face folder of one shard and its index."""
-    path = test_vit.write("huggingface", folder, VIT)
+    path, shard = test_vit.write("huggingface", folder, VIT), "pytorch_model-00001-of-00001.bin"
     names = torch.load(path / "pytorch_model.bin").keys()
-    (path / "pytorch_model.bin").rename(path / "pytorch_model-00001-of-00001.bin")
-    put(path / "pytorch_model.bin.index.json", {
-        "weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")})
+    (path / "pytorch_model.bin").rename(path / shard)
+    put(path / "pytorch_model.bin.index.json", {"weight_map": dict.fromkeys(names, shard)})
     return path
 
 
@@ -90,20 +90,8 @@ def put_picture(folder):
 
 
 def put_conversations(folder):
-    names = ("a.png", "b.png")
-    test_llava.put(folder, *names)
-    return put(folder / "a.json", [test_llava.chat(name, "<image>a", "b") for name in names])
-
-
-def put_lines(folder):
-    lines = "\n".join(map(json.dumps, json.loads(put_conversations(folder).read_text())))
-    return put(folder / "a.jsonl", lines.encode())
-
-
-def put_index(folder):
-    folders = test_llava.write(folder / "x")
-    test_llava.write_index(folders[0])
-    return folders
+    chats = [test_llava.chat(name, "<image>a", "b") for name in ("a.png", "b.png")]
+    return test_llava.put(folder, "a.png", "b.png", a=chats) / "a.json"
 
 
 def put_vqa(folder):
@@ -134,50 +122,43 @@ INSTRUCTIONS = [{"instruction": "a", "input": "b", "output": str(n)} for n in ra
 LINES = "\n".join(map(json.dumps, INSTRUCTIONS)).encode()
 PIECES = test_tokenizer.sentencepiece_model([("a", -1.0, 1), ("b", -1.0, 1), ("ab", -2.0, 1)])
 RANKS = test_tokenizer.rank_file([*(bytes([b]) for b in range(256)), b"ab"])
+LLAMA = partial(test_llama.write_huggingface, config=LLAMAS["tied"])
+META = partial(test_llama.write_meta, config=LLAMAS["grouped"], cut="rows")
+HUB, LLAVA = partial(test_vit.write, "huggingface", config=VIT), test_llava.write
+LOAD_VIT, LOAD_LLAMA = train_vit.load_vit, train_llama.load_llama
 # name -> (write it into a folder -> the path, what reads it, the file that is damaged)
 READERS = {
-    "google": (lambda f: test_vit.write("google", f, VIT), train_vit.load_vit, "vit.npz"),
-    "timm": (lambda f: test_vit.write("timm", f, VIT), train_vit.load_vit, "vit.pth"),
-    "vit folder": (lambda f: test_vit.write("huggingface", f, VIT), train_vit.load_vit,
-                   "vit/pytorch_model.bin"),
-    "vit config": (lambda f: test_vit.write("huggingface", f, VIT), train_vit.load_vit,
-                   "vit/config.json"),
-    "processor": (lambda f: test_vit.write("huggingface", f, VIT), train_vit.load_vit,
-                  "vit/preprocessor_config.json"),
-    "torchvision": (lambda f: test_vit.write("torchvision", f, VIT), train_vit.load_vit, "vit.pth"),
-    "timm's hub": (lambda f: test_vit.write("timm's hub", f, VIT), train_vit.load_vit,
-                   "vit/config.json"),
-    "saved vit": (put_vit, train_vit.load_vit, "merged.pt"),
-    "index": (put_shard, train_vit.load_vit, "vit/pytorch_model.bin.index.json"),
+    "google": (partial(test_vit.write, "google", config=VIT), LOAD_VIT, "vit.npz"),
+    "timm": (partial(test_vit.write, "timm", config=VIT), LOAD_VIT, "vit.pth"),
+    "vit folder": (HUB, LOAD_VIT, "vit/pytorch_model.bin"),
+    "vit config": (HUB, LOAD_VIT, "vit/config.json"),
+    "processor": (HUB, LOAD_VIT, "vit/preprocessor_config.json"),
+    "torchvision": (partial(test_vit.write, "torchvision", config=VIT), LOAD_VIT, "vit.pth"),
+    "timm's hub": (partial(test_vit.write, "timm's hub", config=VIT), LOAD_VIT, "vit/config.json"),
+    "saved vit": (put_vit, LOAD_VIT, "merged.pt"),
+    "index": (put_shard, LOAD_VIT, "vit/pytorch_model.bin.index.json"),
     "cifar": (lambda f: test_vit.write_cifar(f / "c"), train_vit.read_images, "c/data_batch_1.bin"),
     "images": (put_images, train_vit.read_images, "a.npz"),
     "picture": (put_picture, train_vit.read_picture, "a.png"),
-    "meta": (lambda f: test_llama.write_meta(f / "l", LLAMAS["grouped"], "rows"),
-             train_llama.load_llama, "l/consolidated.01.pth"),
-    "params": (lambda f: test_llama.write_meta(f / "l", LLAMAS["grouped"]), train_llama.load_llama,
-               "l/params.json"),
-    "llama folder": (lambda f: test_llama.write_huggingface(f / "l", LLAMAS["tied"]),
-                     train_llama.load_llama, "l/pytorch_model.bin"),
-    "llama config": (lambda f: test_llama.write_huggingface(f / "l", LLAMAS["llama3"]),
-                     train_llama.load_llama, "l/config.json"),
+    "meta": (META, LOAD_LLAMA, "consolidated.01.pth"),
+    "params": (META, LOAD_LLAMA, "params.json"),
+    "llama folder": (LLAMA, LOAD_LLAMA, "pytorch_model.bin"),
+    "llama config": (LLAMA, LOAD_LLAMA, "config.json"),
     "sentencepiece": (lambda f: put(f / "t.model", PIECES), train_llama.load_tokenizer, "t.model"),
     "ranks": (lambda f: put(f / "t.model", RANKS), train_llama.load_tokenizer, "t.model"),
     "jsonl": (lambda f: put(f / "a.jsonl", LINES), read_texts, "a.jsonl"),
     "json": (lambda f: put(f / "a.json", INSTRUCTIONS), read_texts, "a.json"),
-    "llava": (lambda f: test_llava.write(f / "x"), load_llava,
-              "x/llava/pytorch_model-00001-of-00002.bin"),
-    "llava config": (lambda f: test_llava.write(f / "x"), load_llava, "x/llava/config.json"),
-    "clip": (lambda f: test_llava.write(f / "x"), load_llava, "x/clip/pytorch_model.bin"),
-    "clip config": (lambda f: test_llava.write(f / "x"), load_llava, "x/clip/config.json"),
-    "clip processor": (lambda f: test_llava.write(f / "x"), load_llava,
-                       "x/clip/preprocessor_config.json"),
-    "llava index": (put_index, load_llava, "x/llava/pytorch_model.bin.index.json"),
+    "llava": (LLAVA, load_llava, "llava/pytorch_model-00001-of-00002.bin"),
+    "llava config": (LLAVA, load_llava, "llava/config.json"),
+    "clip": (LLAVA, load_llava, "clip/pytorch_model.bin"),
+    "clip config": (LLAVA, load_llava, "clip/config.json"),
+    "clip processor": (LLAVA, load_llava, "clip/preprocessor_config.json"),
     "conversations": (put_conversations, train_llava.read_data, "a.json"),
-    "conversation lines": (put_lines, train_llava.read_data, "a.jsonl"),
     "vqa questions": (put_vqa, read_vqa, "train_questions.json"),
     "vqa annotations": (put_vqa, read_vqa, "train_annotations.json"),
     "adapter": (put_adapter, load_and_train, "adapter.pt")}
-TENSORS = ("timm", "vit folder", "torchvision", "saved vit", "meta", "llama folder", "llava", "clip", "adapter")
+TENSORS = ("timm", "vit folder", "torchvision", "saved vit", "meta", "llama folder", "llava",
+           "clip", "adapter")
 VALUES = [name for name, (_, _, file) in READERS.items() if file.endswith(".json")]
 
 

@@ -154,6 +154,9 @@ def test_logits_and_generation_equal_those_of_transformers_in_every_layout(size,
         logits = sample(model(prompt(config)))
         assert torch.allclose(logits, torch.tensor(EXPECTED[size][0]), atol=1e-4), layout
         assert model.config == config and not model.training
+        half = load_llama(tmp_path / layout)                     # in bfloat16
+        assert 0 < (sample(half(prompt(config))).float() - logits).abs().mean() < 0.1
+        assert config.tied == (half.lm_head.weight is half.model.embed_tokens.weight)
     assert generate(model, prompt(config), 12)[1, 40:].tolist() == EXPECTED[size][1]
 
 
@@ -215,13 +218,6 @@ def test_an_exported_adapter_works_in_transformers_through_peft(tmp_path):
     adapters.export_peft(tmp_path)
     theirs = peft.PeftModel.from_pretrained(oracle(config), tmp_path).eval()
     assert torch.allclose(theirs(tokens).logits, adapters.merge()(tokens), atol=1e-4)
-
-
-def test_weights_are_read_in_bfloat16(tmp_path):
-    config = SIZES["tied"]
-    logits, model = model_of(config)(prompt(config)), load_llama(write_meta(tmp_path / "a", config))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert 0 < (model(prompt(config)).float() - logits).abs().mean() < 0.1
 
 
 def test_the_cache_changes_nothing():
@@ -347,12 +343,7 @@ def test_what_the_model_cannot_do_is_refused_not_ignored(settings, word, tmp_pat
     refused(folder, word) if word else load_llama(folder)
 
 
-@pytest.mark.parametrize("key", ("sliding_window", "quantization_args", "use_qk_norm"))
-def test_a_foreign_key_of_params_json_is_refused_by_name(key, tmp_path):
-    refused(write_meta(tmp_path / "llama", SIZES["grouped"], **{key: 64}), "params.json", key)
-
-
-def test_other_files_are_refused_with_what_to_do(tmp_path):
+def test_other_files_and_keys_are_refused_with_what_to_do(tmp_path):
     refused(tmp_path / "absent", "No such file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "pytorch_model.bin", "No such file")
@@ -365,7 +356,9 @@ def test_other_files_are_refused_with_what_to_do(tmp_path):
         refused(tmp_path / name, "not what --merge writes", "folder")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    refused(tmp_path / "adapter", "adapter of PEFT")
+    refused(tmp_path / "adapter", "adapter")
+    for key in ("sliding_window", "quantization_args", "use_qk_norm"):
+        refused(write_meta(tmp_path / "llama", SIZES["grouped"], **{key: 64}), "params.json", key)
 
 
 if __name__ == "__main__":

@@ -49,30 +49,25 @@ def test_records_are_put_as_alpaca_puts_them(tmp_path):
 
 
 def test_few_different_outputs_become_choices_and_a_tenth_is_held_out(tmp_path):
-    train, test = read_data(lines(tmp_path / "a.jsonl", *PARITY), seed=0)
+    answers = ("yes", "yes\n", " no", "no")                      # white space makes no other choice
+    records = [{"instruction": str(i), "output": answers[i % 4]} for i in range(40)]
+    train, test = read_data(lines(tmp_path / "a.jsonl", *records), seed=0)
     assert (len(train), len(test)) == (36, 4) and len({e.prompt for e in train + test}) == 40
     for e in train + test:
-        number = int(re.search(r"\d+", e.prompt)[0])
-        assert e.choices == ["no", "yes"] and e.answer == 1 - number % 2
+        number = int(re.search(r"tion:\n(\d+)", e.prompt)[1])
+        assert e.choices == ["no", "yes"] and e.choices[e.answer] == answers[number % 4].strip()
     many = [record | {"output": record["instruction"]} for record in PARITY]
     assert {len(e.choices) for e in read_data(lines(tmp_path / "a.jsonl", *many), 0)[0]} == {1}
 
 
-def test_a_folder_of_two_parts_is_read(tmp_path):
+def test_a_folder_of_two_parts_is_read_and_two_files_of_one_are_refused_by_name(tmp_path):
     lines(tmp_path / "train.jsonl", *PARITY[:2])
     with pytest.raises(ValueError, match="needs train and test"):
         read_data(tmp_path, 0)
-    for name in ("test", "dev", "valid", "validation", "val"):
-        path = lines(tmp_path / f"{name}.JSON", PARITY[2])
-        assert list(map(len, read_data(tmp_path, 0))) == [2, 1]
-        path.unlink()
-
-
-def test_two_files_of_one_part_are_refused_by_name(tmp_path):
-    for name in ("train.json", "test.json", "dev.json"):         # of these the first
-        lines(tmp_path / name, *PARITY[:3])
-    assert len(read_data(tmp_path, 0)[1]) == 3
-    for name, other in (("train.txt", "train.json"), ("test.JSONL", "test.json")):
+    for name in ("val", "validation", "valid", "dev", "test"):   # of several the last of these
+        lines(tmp_path / f"{name}.JSON", *PARITY[:len(name)])
+        assert list(map(len, read_data(tmp_path, 0))) == [2, len(name)]
+    for name, other in (("train.txt", "train.jsonl"), ("test.jsonl", "test.JSON")):
         (tmp_path / name).write_text("a\n")
         with pytest.raises(ValueError, match=f"{tmp_path}: ") as error:
             read_data(tmp_path, 0)
@@ -96,15 +91,6 @@ def test_a_record_with_more_than_is_read_is_refused_by_the_names_of_its_keys(tmp
     for given in (["b"], {"b": 1}):
         with pytest.raises(ValueError, match="record 1: expected"):
             read_examples(lines(tmp_path / "a.json", plain | {"input": given}))
-
-
-def test_white_space_around_an_answer_makes_no_other_choice(tmp_path):
-    answers = ("yes", "yes\n", " no", "no")
-    records = [{"instruction": str(i), "output": answers[i % 4]} for i in range(40)]
-    train, test = read_data(lines(tmp_path / "a.json", *records), 0)
-    for e in train + test:
-        number = int(re.search(r"tion:\n(\d+)", e.prompt)[1])
-        assert e.choices == ["no", "yes"] and e.choices[e.answer] == answers[number % 4].strip()
 
 
 def test_text_is_cut_into_parts_that_lose_nothing(tmp_path):

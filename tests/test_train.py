@@ -22,7 +22,7 @@ import train_llama
 import train_llava
 import train_vit
 from helpers import assert_same, readme_code
-from train_vit import ViT, ViTConfig, batch_indices, load_vit, save_vit, warmup_cosine
+from train_vit import ViT, ViTConfig, load_vit, save_vit, warmup_cosine
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +59,12 @@ def assert_same_runs(a, b):
     assert_same(a, b)
 
 
+def assert_refused(result, word):
+    """Of what cli() returns: exit status 2, and one line with this pattern."""
+    status, _, err = result
+    assert status == 2 and err.count("\n") == 1 and re.search(word, err), err
+
+
 def in_step(number, act, patch):
     """Lets act() of the pictures come between in the middle of this step."""
     real, calls = train_vit.prepare, []
@@ -77,10 +83,6 @@ def test_learning_rate_warms_up_over_six_percent_and_falls_as_a_cosine_to_zero()
     assert factors[0] == pytest.approx(1 / 60) and factors[59] == 1.0 == max(factors)
     assert factors[60 + 470] == pytest.approx(0.5, abs=1e-3) and factors[-1] < 1e-5
     assert all(0 < warmup_cosine(0, steps) <= 1 for steps in (1, 2, 3))
-
-
-def test_batches_follow_the_seed():                              # more: test_llama_data.py
-    assert not torch.equal(batch_indices(12, 12, 0, 3), batch_indices(12, 12, 0, 4))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -146,37 +148,33 @@ def test_kill_minus_nine_at_any_moment(vit, tmp_path, cli):
     process.wait()
     assert 0 < len(left_by(tmp_path / "killed")[0]) < 400
     assert not (tmp_path / "killed" / "adapter_peft").exists()
-    status, _, err = cli(train_vit, *options, "--resume", "--seed", "1")
-    assert status == 2 and "seed=0, not 1" in err and err.count("\n") == 1
+    assert_refused(cli(train_vit, *options, "--resume", "--seed", "1"), "seed=0, not 1")
     file = (tmp_path / "killed" / "adapter.pt").read_bytes()
     (tmp_path / "killed" / "adapter.pt").write_bytes(file[:1000])
-    status, _, err = cli(train_vit, *options, "--resume")
-    assert status == 2 and "adapter.pt" in err and err.count("\n") == 1
+    assert_refused(cli(train_vit, *options, "--resume"), "adapter.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_save(cli, vit, tmp_path, monkeypatch):
     in_step(7, lambda x: x * float("nan"), monkeypatch)
-    status, _, err = cli(train_vit, *vit, "--out", "run")
-    assert status == 2 and "step 7: lower --lr" in err and err.count("\n") == 1
+    assert_refused(cli(train_vit, *vit, "--out", "run"), "step 7: lower --lr")
     lines, tensors = left_by(tmp_path / "run")
     assert len(lines) == 4 and all(t.isfinite().all() for t in tensors.values())
 
 
 def test_resume_refuses_changed_data_and_a_folder_without_a_run(cli, vit, tmp_path):
     for options in (vit, ()):                                    # a demo, too, before it pretrains
-        status, _, err = cli(train_vit, *options, "--out", "run", "--resume")
-        assert status == 2 and re.search("--resume: there is no run/.*adapter.pt", err), err
+        assert_refused(cli(train_vit, *options, "--out", "run", "--resume"),
+                       "--resume: there is no run/.*adapter.pt")
         assert not (tmp_path / "run").exists()
     assert cli(train_vit, *vit, "--out", "run")[0] == 0
-    with np.load(tmp_path / "data.npz") as file:
-        x, y = file["x"], file["y"]
+    data = dict(np.load(tmp_path / "data.npz"))
     for place in (0, 5):                                         # of the training and the test part
-        changed = x.copy()
-        changed[place] += 1
-        np.savez(tmp_path / "data.npz", x=changed, y=y)
-        status, _, err = cli(train_vit, *vit, "--out", "run", "--resume")
-        assert status == 2 and "run/adapter.pt: the run was on other" in err, err
-    np.savez(tmp_path / "data.npz", x=x, y=y)
+        data["x"][place] += 1
+        np.savez(tmp_path / "data.npz", **data)
+        assert_refused(cli(train_vit, *vit, "--out", "run", "--resume"),
+                       "run/adapter.pt: the run was on other")
+        data["x"][place] -= 1
+    np.savez(tmp_path / "data.npz", **data)
     assert cli(train_vit, *vit, "--out", "run", "--resume")[0] == 0
 
 
@@ -193,14 +191,12 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     assert accuracy > 0.6
     rates = [line["lr"] for line in left_by(tmp_path / "run")[0]]        # warmed up over 4 steps
     assert rates[:4] == pytest.approx([0.0075, 0.015, 0.0225, 0.03]) and rates[-1] < 1e-4
-    status, _, err = cli(train_vit, *vit, "--out", "vit.pth")
-    assert status == 2 and "--out vit.pth: cannot be written" in err
-    for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run"), ("vit.pth", "none")):
+    assert_refused(cli(train_vit, *vit, "--out", "vit.pth"), "--out vit.pth: cannot be written")
+    for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run")):
         status, out, err = cli(train_vit, "--checkpoint", checkpoint, *vit[2:], "--out", folder,
                                "--eval-only")
-        if "merged" in checkpoint or folder == "run":            # whose adapter.pt has a head
-            assert status == 0 and f"{accuracy:.3f}" in out and f"{loss:.3f}" in out
-    assert status == 2 and "other classes" in err                # vit.pth has a head of five
+        assert status == 0 and f"{accuracy:.3f}" in out and f"{loss:.3f}" in out
+    assert_refused(cli(train_vit, *vit, "--out", "none", "--eval-only"), "other classes")
     assert not (tmp_path / "none").exists()
     peft = pytest.importorskip("peft")
     merged, plain = load_vit("run/merged.pt"), load_vit("vit.pth", num_classes=3)
@@ -233,10 +229,10 @@ def test_the_names_of_the_classes_stay_with_the_files_of_a_run(cli, vit, tmp_pat
         now = [cell.strip() for cell in out.splitlines()[-1].split("|")[2:4]]
         assert status == 0 and float(now[0]) < float(scores[0]), err     # not in silence the same
     (tmp_path / "data" / "fox").rename(tmp_path / "data" / "emu")
-    status, _, err = cli(train_vit, *options, "--eval-only")
-    assert status == 2 and "run/adapter.pt: its classes are cat, dog, fox, not cat, dog, emu" in err
-    status, _, err = cli(train_vit, "--checkpoint", "run/merged.pt", *options[2:], "--eval-only")
-    assert status == 2 and "other classes than run/merged.pt" in err
+    assert_refused(cli(train_vit, *options, "--eval-only"),
+                   "run/adapter.pt: its classes are cat, dog, fox, not cat, dog, emu")
+    assert_refused(cli(train_vit, "--checkpoint", "run/merged.pt", *options[2:], "--eval-only"),
+                   "other classes than run/merged.pt")
 
 
 def test_a_console_that_cannot_print_a_name_ends_nothing(vit, tmp_path):
@@ -276,8 +272,7 @@ def test_help_explains_every_option(script, cli):
     "--checkpoint absent --data absent", "--rnk 3", "--resume"))
 def test_bad_options_are_one_line_before_anything_is_pretrained_or_written(
         script, arguments, cli, tmp_path):
-    status, _, err = cli(script, *arguments.split(), "--out", "out")
-    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err, err
+    assert_refused(cli(script, *arguments.split(), "--out", "out"), "error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -290,7 +285,7 @@ def test_the_demo_has_a_row_for_each_method(cli, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run" / "all")                      # as if killed before it began
     status, again, _ = cli(train_vit, "--steps", "3", "--out", "run", "--device", "cpu", "--resume",
                            "--merge")                            # each trial from the backbone
-    times = r"[\d.]+ \|\n"
+    times = r" *[\d.]+ \|\n"
     assert status == 0 and re.sub(times, "", again) == re.sub(times, "", out)
     assert len([*tmp_path.glob("run/*/merged.pt")]) == 4
 
@@ -352,6 +347,5 @@ def test_fewer_rows_than_processes_are_refused_in_one_line(cli, vit, tmp_path, m
     monkeypatch.setattr(train_vit, "processes", lambda: (0, 50))
     for script, options in ((train_vit, (*vit, "--out", "run")),
                             (train_llama, (*llama_options(tmp_path, "run", 8), "--shots", "1"))):
-        status, _, err = cli(script, *options)
-        assert status == 2 and "training rows for 50 processes" in err and err.count("\n") == 1, err
+        assert_refused(cli(script, *options), "training rows for 50 processes")
     assert not (tmp_path / "run").exists()
