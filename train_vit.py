@@ -401,6 +401,10 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         names = [labels.get(str(n)) for n in range(len(labels))]
         image = read_json(processor) if processor.exists() else {}
         only(image, PROCESSOR, IGNORED, processor.name)
+        last = image.get("crop_size") or image.get("size") or {}     # what the model is given
+        sides = set(last.values() if isinstance(last, dict) else [last])
+        if sides - {config.get("image_size"), None}:
+            raise ValueError(f"{processor.name}: {last} is not config.json's image_size")
         mean, std = image.get("image_mean"), image.get("image_std")
         if image.get("do_normalize") is False:
             mean, std = (0.0,) * 3, (1.0,) * 3

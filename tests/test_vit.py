@@ -297,9 +297,10 @@ def test_pre_logits_go_with_the_head(tmp_path):
     ({"architecture": "vit_tiny_patch4_16", "model_args": {"reg_tokens": 4}}, "model_args"),
     ({"do_rescale": False}, "do_rescale is False"), ({"do_pad": True}, "do_pad: not known"),
     ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+    ({"crop_size": 24}, "preprocessor_config.json: 24 is not"),
     ({"image_std": [0, 1, 1]}, "deviation"), ({"image_mean": [1.0]}, "mean")))
 def test_a_setting_that_is_not_read_is_refused_by_name(settings, word, tmp_path):
-    of_config = not word.startswith(("do_", "re", "deviation", "mean"))
+    of_config = not word.startswith(("do_", "re", "deviation", "mean", "prep"))
     write = write_timm if "architecture" in settings else write_huggingface
     folder = write(tmp_path / "vit", SMALL, **(settings if of_config else {}))
     if not of_config:
