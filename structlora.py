@@ -64,6 +64,7 @@ from typing import Any, Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 SKETCH = 4                # P and Q have this many columns (Eq. 5)
 LEAKY_SLOPE = 0.2         # of the LeakyReLU in Eq. 5, as in GAT
@@ -155,27 +156,34 @@ class LoRA(nn.Module):
         self.config, self.disabled = config, 0
         self.message = None      # in a pass: (A [R, k], B [d, R], gates to draw [R] or none), Eq. 7
         self.to(device_of(linear)).train(linear.training)
+        self.register_load_state_dict_pre_hook(say_what_is_missing)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y = W0 x [N, ..., d] plus the update of x [N, ..., k], N samples: Eq. 1 in the form of
         Eq. 7, two products of width R = r (1 + degree). Nothing of size [d, k] is ever built."""
         if self.disabled:
             return y
-        A, B, gates = self.message or replayable(self.graph, self.training)[self.index]
+        A, B, gates = self.message or replayable(self.graph)[self.index]
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
         u = F.linear(x.reshape(-1, A.shape[1]).to(y.dtype), A.to(y.dtype))       # [T = N * ..., R]
-        if gates:
+        if gates and self.training:
             samples = len(x) if x.dim() > 1 else 1
             u = u.view(samples, len(u) // max(samples, 1), len(A)) * gate_draw(gates, samples)
             u = u.flatten(0, 1)
+        elif gates:                          # in a pass in which others are in training mode
+            names = ("mu", "log_sigma") if len(gates) == 2 else ("phi",)
+            u = u * gate_mean(dict(zip(names, (gates[0], gates[-1].log()))))
         # y + u B^T in one call saves a pass over the activations.
         return torch.addmm(y.reshape(-1, len(B)), u.to(y.dtype), B.to(y.dtype).T).view_as(y)
 
+    def __getstate__(self):
+        return super().__getstate__() | {"message": None}        # of this moment; has a history
 
-def add_update(linear: nn.Linear, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
+
+def add_update(linear: nn.Linear, args: tuple, kwargs: dict, y: torch.Tensor) -> torch.Tensor:
     """Forward hook of an adapted layer; a function, so that copies and pickles work."""
-    return linear.lora(inputs[0], y)
+    return linear.lora(args[0] if args else kwargs["input"], y)
 
 
 # --- Graph of layers: the coordinator
@@ -221,7 +229,6 @@ class LayerGraph(nn.Module):
             self.register_buffer(name, tensor)
         self.probing = True                          # the probes are in use
         self.pass_owner, self.replay = None, None    # see begin_pass(), replayable()
-        self.layers[-1].register_load_state_dict_pre_hook(say_what_is_missing)
         self.register_load_state_dict_post_hook(LayerGraph.set_probing)
         self.to(device_of(linears[-1]))
 
@@ -254,7 +261,7 @@ class LayerGraph(nn.Module):
                 own = itself[..., None] * (self.removed == 0)                    # [L, S, r]
                 own = (own * gate_mean(gates) if gates else own).sum(1, keepdim=True)
                 h = (self.P.T @ B * own) @ (A @ self.Q)                          # [L, 4, 4]
-                h = F.normalize(h.flatten(1), dim=1)                             # [L, 16]
+                h = unit(h.flatten(1))                                           # [L, 16]
             e = (h @ self.w_src)[:, None] + senders @ (h @ self.w_dst)
             e = F.leaky_relu(e, LEAKY_SLOPE)
         lowest = torch.finfo(e.dtype).min
@@ -272,10 +279,10 @@ class LayerGraph(nn.Module):
         return (torch.einsum("lsj,jrk->lsrk", senders, A).flatten(1, 2),
                 torch.einsum("lsj,jdr->ldsr", senders, B).flatten(2))
 
-    def updates(self, dtype: torch.dtype, random: bool, probing: bool = False) -> tuple:
+    def updates(self, random: bool, probing: bool = False) -> tuple:
         """Eq. 7 for all layers: rows A [L, R, k]; columns B [L, d, R], times s M and, if they are
         not random, the mean gates; these weights [L, R]; what is drawn otherwise, [L, R] each."""
-        with torch.autocast(self.P.device.type, enabled=False):  # mixing is computed in fp32
+        with torch.autocast(self.P.device.type, enabled=False):  # in fp32, as it is stored
             (A, B), gates, senders = self.collect_factors(), self.collect_gates(), self.senders()
             s, drawn = self.config.alpha / self.config.rank, []
             weight = s * self.mixing(senders, A, B, gates)[..., None] * self.signs       # [L, S, r]
@@ -287,9 +294,9 @@ class LayerGraph(nn.Module):
                 drawn = [gates["phi"]]
             elif gates:
                 drawn = [gates["mu"], gates["log_sigma"].exp()]
-            drawn = [gate.flatten(1).to(dtype) for gate in drawn]
-            A, B = self.gather(senders, A.to(dtype), B.to(dtype))
-            weight = weight.flatten(1).to(dtype)                                 # [L, R = S r]
+            drawn = [gate.flatten(1) for gate in drawn]
+            A, B = self.gather(senders, A, B)
+            weight = weight.flatten(1)                                           # [L, R = S r]
             B = B * weight[:, None]
             if probing:
                 A, B, drawn = self.add_probes(A, B, drawn)
@@ -335,7 +342,7 @@ class LayerGraph(nn.Module):
 
     def gradient_cosine(self) -> torch.Tensor:
         """[L, L] cosine between the layers' running mean gradients dL/dW (of their sketches)."""
-        g = F.normalize(self.gradient.flatten(1), dim=1)
+        g = unit(self.gradient.flatten(1))
         return g @ g.T
 
     def set_probing(self, *_) -> None:
@@ -358,9 +365,9 @@ class LayerGraph(nn.Module):
         """A pass is a call of the outermost module that holds two of the layers. Before it all
         messages are computed at once, since every small operation costs, and each layer is handed
         its own. (By number, torch.compile would compile each block anew: numbers are constants.)"""
-        if self.pass_owner in (None, id(module)):
+        if self.pass_owner in (None, id(module)) and self.layers:
             self.pass_owner = id(module)     # not the module itself, which may be a compiled one
-            for layer, message in zip(self.layers, replayable(self, module.training)):
+            for layer, message in zip(self.layers, replayable(self)):
                 layer.message = message
 
     def end_pass(self, module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -370,15 +377,18 @@ class LayerGraph(nn.Module):
             for layer in self.layers:
                 layer.message = None
 
-    def messages(self, dtype: torch.dtype, random: bool, values: bool = False) -> list[tuple]:
+    def messages(self, random: bool, values: bool = False) -> list[tuple]:
         """(A [R, k], B [d, R], gates to draw [R] if random) of each layer; values: no history."""
         probing = self.probing and torch.is_grad_enabled() and not torch.jit.is_tracing()
-        A, B, _, drawn = self.updates(dtype, random, probing)
+        A, B, _, drawn = self.updates(random, probing)
         if values:
             A, B, *drawn = (t.detach().requires_grad_(t.requires_grad) for t in (A, B, *drawn))
         drawn = [gate.unbind() for gate in drawn]
         gates = [tuple(gate[l] for gate in drawn) for l in range(len(A))]
         return list(zip(A.unbind(), B.unbind(), gates))
+
+    def __getstate__(self):
+        return super().__getstate__() | {"pass_owner": None, "replay": None}     # of this moment
 
 
 # --- Attach, and the handle
@@ -393,11 +403,12 @@ def attach(model: nn.Module, config: Config | None = None) -> "StructLoRA":
     remember(model)                                              # for detach() and export_peft()
     model.requires_grad_(False)
     for linears in kinds:
-        graph = LayerGraph([*linears], [*linears.values()], config)
+        with torch.device("cpu"):            # where the fixed generator is; moved afterwards
+            graph = LayerGraph([*linears], [*linears.values()], config)
         for index, (linear, layer) in enumerate(zip(linears.values(), graph.layers)):
             object.__setattr__(layer, "graph", graph)            # refers to it, is no parent of it
             linear.lora, layer.index = layer, index
-            linear.register_forward_hook(add_update, prepend=True)
+            linear.register_forward_hook(add_update, prepend=True, with_kwargs=True)
         object.__delattr__(layer, "graph")
         layer.graph = graph                  # the last one is its parent
         for prefix, module in model.named_modules():
@@ -414,10 +425,11 @@ class StructLoRA:
     lives in the model. Raises ValueError if there are no adapters."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model = model.module if isinstance(model, WRAPPERS) else model
         self.graphs = [*dict.fromkeys(layer.graph for layer in self.layers.values())]
-        if not self.graphs:
-            raise ValueError("the model has no adapters: attach() hangs them on its layers")
+        if len({graph.config for graph in self.graphs}) != 1:
+            raise ValueError("the model has no adapters, or those of several Configs: make a "
+                             "handle of the part that one attach() was given")
         self.config = self.graphs[0].config
 
     def penalty(self, num_examples: int) -> torch.Tensor:
@@ -466,20 +478,20 @@ class StructLoRA:
     def factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """name -> (B [out, R], A [R, in]) in fp32: the final update is B A, s included (Eq. 7). The
         merged rank R is r (1 + degree) less the directions that are shut or removed."""
-        factors = {}
-        for graph in self.graphs:
-            wide = torch.promote_types(graph.layers[0].A.dtype, torch.float32)
-            A, B, weight, _ = graph.updates(wide, random=False)
+        factors, layers = {}, self.layers
+        for graph in {layer.graph for layer in layers.values()}:
+            A, B, weight, _ = graph.updates(random=False)
             for l, layer in enumerate(graph.layers):
-                used = weight[l] != 0
-                factors[layer] = B[l][:, used], A[l][used]
-        return {name: factors[layer] for name, layer in self.layers.items()}
+                used, wide = weight[l] != 0, torch.promote_types(A.dtype, torch.float32)
+                factors[layer] = B[l][:, used].to(wide), A[l][used].to(wide)
+        return {name: factors[layer] for name, layer in layers.items()}
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         """Adds the updates to the weights (in fp32, then cast) and removes the adapters. Returns
         the model; a second call changes nothing. Raises ValueError, with the model untouched, that
         names a weight which is quantised, computed or tied, or would not be finite."""
+        self._check_finite()
         self._check_merge()
         self._say_what_was_not_called()
         linears, merged = adapted(self.model), {}
@@ -499,7 +511,8 @@ class StructLoRA:
         decay; the coordinator at lr; gates at gate_lr, by default 0.05 with a budget, which ranks
         by them, and 0.01 without."""
         layers, groups = self.layers.values(), []
-        factors = [p for layer in layers for p in (layer.A, layer.B)] + [*self.trained().values()]
+        factors = [p for layer in layers for p in (layer.A, layer.B)]
+        factors += dict.fromkeys(self.trained().values())        # tied ones once
         mixing = [p for graph in self.graphs for p in graph.parameters()]
         gates = [p for layer in layers for p in layer.gate.values()]
         if gate_lr is None:
@@ -541,7 +554,7 @@ class StructLoRA:
         for graph in self.graphs:
             gates, kind, senders = graph.collect_gates(), kind_of(graph.names[0]), graph.senders()
             mixing = graph.mixing(senders, *graph.collect_factors(), gates)              # [L, S]
-            A, B, weight, _ = graph.updates(torch.float32, random=False)
+            A, B, weight, _ = graph.updates(random=False)
             if kind in result["mixing"]:                         # the same name in another shape
                 kind += f" {[B.shape[1], A.shape[2]]}"
             gram = torch.stack([(b.mT @ B * (a @ A.mT)).sum((1, 2))      # <u_l, u_j>, no [d, k]
@@ -593,38 +606,57 @@ class StructLoRA:
                     if hook is add_update or id(getattr(hook, "__self__", None)) in owners:
                         del hooks[key]
                         module._forward_hooks_always_called.pop(key, None)
+                        module._forward_hooks_with_kwargs.pop(key, None)
             for name, before in vars(module).pop("before_attach", {}).items():
                 if isinstance(module._parameters.get(name), nn.Parameter):
                     module._parameters[name].requires_grad_(before)
+        for graph in self.graphs:            # hooks above this model find nothing to do
+            graph.layers = [layer for layer in graph.layers if hasattr(layer, "graph")]
         self.graphs = []
         return self.model
 
     def _check_gradients(self) -> None:
-        """Before the first step: raises ValueError if no gradient has reached a kind."""
+        """Before the first step: raises ValueError if no gradient has reached a kind. Notes what is
+        trained, since an average or a model in use is often frozen afterwards."""
+        for module in self.model.modules() if self.graphs and self.graphs[0].probing else ():
+            trained = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+            vars(module).setdefault("before_attach", {})["trained"] = trained
         for graph in self.graphs:
-            probes = [layer.probe for layer in graph.layers if layer.probe.requires_grad]
-            unreached = probes and all(probe.grad is None for probe in probes)
-            if graph.probing and unreached and graph.steps == 0:
-                names = ", ".join(graph.names)
-                raise ValueError(f"no gradient reached {names}: the model does not call them (only "
-                                 "reads their weights), or a gradient checkpoint needs "
-                                 "use_reentrant=False, or backward() was not called")
             if graph.layers[0].A.dtype in (torch.float16, torch.bfloat16):
                 warnings.warn("adapters in half precision: cast before attach()", stacklevel=3)
+            if not graph.probing or graph.steps > 0:
+                continue
+            grads = {name: layer.probe.grad for name, layer in zip(graph.names, graph.layers)
+                     if layer.probe.requires_grad}
+            unreached = [name for name, grad in grads.items() if grad is None or not grad.any()]
+            text = (f"no gradient reached {', '.join(unreached)}: the model does not call them "
+                    "(only reads their weights), or a gradient checkpoint needs "
+                    "use_reentrant=False, or ")
+            if grads and all(grad is None for grad in grads.values()):
+                raise ValueError(f"{text}backward() was not called")
+            if unreached:
+                warnings.warn(f"{text}they are left out at random", stacklevel=3)
+
+    def _check_finite(self) -> None:
+        """Raises ValueError that names a parameter of ours with NaN or infinite entries."""
+        for name, layer in self.layers.items():
+            check_finite({f"{name} ({key})": p for key, p in layer.named_parameters()})
 
     def _check_merge(self) -> None:
         """Raises ValueError that names an adapted layer to whose weight nothing can be added."""
         owners = {}
         for prefix, module in self.model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                owners.setdefault(parameter, []).append(clean(f"{prefix}.{name}"))
+                place = parameter if parameter.is_meta else parameter.data_ptr()
+                owners.setdefault(place, []).append(clean(f"{prefix}.{name}"))
         for name, linear in adapted(self.model).items():
             weight, reason = linear._parameters.get("weight"), None
             plain = getattr(linear.forward, "__func__", None) is nn.Linear.forward
-            if type(weight) is not nn.Parameter or weight.is_meta or not plain:
+            plain = plain and type(weight) is nn.Parameter and 0 not in weight.stride()
+            if not plain or weight.is_meta:
                 reason = f"its weight is quantised, computed or offloaded ({type(linear).__name__})"
-            elif len(owners[weight]) > 1:
-                reason = f"its weight is tied ({' = '.join(owners[weight])})"
+            elif len(owners[weight.data_ptr()]) > 1:
+                reason = f"its weight is tied ({' = '.join(owners[weight.data_ptr()])})"
             if reason:
                 raise ValueError(f"{name} cannot be merged: {reason}; use save() or export_peft()")
 
@@ -672,8 +704,8 @@ class StructLoRA:
             graph.set_probing()
 
     def save(self, path: str | Path) -> None:
-        """Writes adapters, gates, graphs, Config, what else is trained, and the floating-point
-        buffers of other layers (statistics that training moves) to one file."""
+        """Writes adapters, gates, graphs, Config, what else is trained, and the buffers that
+        training has moved (statistics) to one file."""
         self._say_what_was_not_called()
         write(path, self.state())
 
@@ -706,9 +738,9 @@ class StructLoRA:
         if not self.graphs:
             raise ValueError("there are no adapters any more: merge() or detach() was called")
         self._say_what_was_not_called()
+        self._check_finite()
         (tensors, to_save), ranks = carried_by_peft(self), {}
         for name, (B, A) in self.factors().items():
-            check_finite({f"{name}'s B": B, f"{name}'s A": A})
             r = min(rank or len(A), len(B), A.shape[1])          # no update has more
             if r < len(A):                                       # Eckart-Young
                 U, S, Vh = thin_svd(B, A)
@@ -731,14 +763,15 @@ class StructLoRA:
 
 
 FORMAT = "structlora-3"   # of the files that StructLoRA.save writes
-WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)    # of .module
+PREFIXES = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 
 
 # --- Layers
 
 def clean(name: str) -> str:
     """A dotted name without what torch.compile, checkpoint wrappers and FSDP put into it."""
-    return WRAPPERS.sub("", name)
+    return PREFIXES.sub("", name)
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Linear]:
@@ -836,14 +869,22 @@ def check_fields(config: Config) -> None:
 
 def say_what_is_missing(layer: LoRA, state: dict, prefix: str, *_) -> None:
     """Before load_state_dict: warns of factors that come without what belongs to them."""
-    needed = ["edges"] * layer.graph.learns_edges + ["removed"] * bool(layer.config.budget)
-    missing = [name for name in needed if f"{prefix}graph.{name}" not in state]
+    needed = [name for name, _ in layer.named_parameters() if name != "probe"]
+    if "graph" in layer._modules:
+        needed += ["graph.edges"] * layer.graph.learns_edges
+        needed += ["graph.removed"] * bool(layer.config.budget)
+    missing = [f"{prefix}{name}" for name in needed if f"{prefix}{name}" not in state]
     if missing and f"{prefix}A" in state:
-        warnings.warn(f"factors are loaded without {prefix}graph's {' and '.join(missing)}: who "
-                      "hears whom stays as it is in this model", stacklevel=2)
+        warnings.warn(f"factors are loaded without {', '.join(missing)}, which stay as they are in "
+                      "this model", stacklevel=2)
 
 
 # --- Averages, checkpoints, precision
+
+def unit(rows: torch.Tensor) -> torch.Tensor:
+    """The rows [L, n] at length 1, or 0 where they are 0, in half precision too."""
+    return F.normalize(rows, dim=1, eps=max(1e-12, torch.finfo(rows.dtype).tiny))
+
 
 def latest(choices: torch.Tensor) -> torch.Tensor:
     """[L, L] bool: the largest entry of each row that has any. A choice of step t is 1000^t, so
@@ -852,23 +893,21 @@ def latest(choices: torch.Tensor) -> torch.Tensor:
     return (choices != 0) & (place == choices.argmax(1, keepdim=True))
 
 
-def replayable(graph: LayerGraph, random: bool) -> list[tuple]:
+def replayable(graph: LayerGraph) -> list[tuple]:
     """graph.messages(), such that gradient checkpoints can replay the layers. A checkpoint must not
     record how messages are computed; and what it recomputes inside backward() needs their values
     alone, computed once for all layers of that backward()."""
-    device, dtype = graph.P.device.type, graph.layers[0].A.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    random, unrecorded = any(layer.training for layer in graph.layers), contextlib.nullcontext()
     if torch.compiler.is_compiling():
-        return graph.messages(dtype, random)
-    task, unrecorded = torch._C._current_graph_task_id(), contextlib.nullcontext()
-    if task >= 0 and graph.replay and graph.replay[0] == (task, dtype, random):
+        return graph.messages(random)
+    task = torch._C._current_graph_task_id()
+    if task >= 0 and graph.replay and graph.replay[0] == (task, random):
         return graph.replay[1]                                   # of this backward()
     if torch._C._autograd._saved_tensors_hooks_is_enabled():     # not inside torch.func.grad
         unrecorded = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with unrecorded:
-        messages = graph.messages(dtype, random, values=task >= 0)
-    graph.replay = ((task, dtype, random), messages) if task >= 0 else None
+        messages = graph.messages(random, values=task >= 0)
+    graph.replay = ((task, random), messages) if task >= 0 else None
     return messages
 
 
@@ -877,40 +916,41 @@ def replayable(graph: LayerGraph, random: bool) -> list[tuple]:
 def remember(model: nn.Module) -> None:
     """Notes on each module which of its parameters are trained, and what its buffers hold."""
     for module in model.modules():
-        trained = {n: p.requires_grad for n, p in module.named_parameters(recurse=False)}
-        buffers = {n: b.clone() for n, b in lasting_buffers(module)}
-        vars(module)["before_attach"] = trained | buffers
+        notes = {n: p.requires_grad for n, p in module.named_parameters(recurse=False)}
+        notes |= {n: b.clone() for n, b in lasting_buffers(module)}
+        vars(module).setdefault("before_attach", notes)
 
 
 def lasting_buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Its own floating-point buffers that belong into a state_dict."""
+    """Its own buffers that belong into a state_dict."""
     return [(name, buffer) for name, buffer in module.named_buffers(recurse=False)
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set]
+            if name not in module._non_persistent_buffers_set]
 
 
 def sort_tensors(model: nn.Module) -> tuple[dict, dict, dict]:
     """name -> tensor, in three: of adapters and graphs; parameters that are trained beside them;
-    floating-point buffers outside adapted layers. (state_dict() would pack 4-bit weights anew.)"""
-    own, trained, buffers = {}, {}, {}
-    layers = adapted(model).values()
-    ours = {module for linear in layers for module in linear.lora.modules()}
-    inside = {module for linear in layers for module in linear.modules()}
+    buffers that are no more what they were. (state_dict() would pack 4-bit weights anew.)"""
+    own, trained, moved = {}, {}, {}
+    ours = {module for linear in adapted(model).values() for module in linear.lora.modules()}
     for prefix, module in model.named_modules():
-        prefix = clean(f"{prefix}." if prefix else "")
+        prefix, notes = clean(f"{prefix}." if prefix else ""), vars(module).get("before_attach", {})
         for name, parameter in module.named_parameters(recurse=False):
-            if module in ours or parameter.requires_grad:
+            if module in ours or parameter.requires_grad or name in notes.get("trained", ()):
                 (own if module in ours else trained)[prefix + name] = parameter
         for name, buffer in lasting_buffers(module):
-            if module in ours or module not in inside:
-                (own if module in ours else buffers)[prefix + name] = buffer
-    return own, trained, buffers
+            before = notes.get(name)
+            if module in ours:
+                own[prefix + name] = buffer
+            elif before is None or not torch.equal(before.to(buffer), buffer):
+                moved[prefix + name] = buffer
+    return own, trained, moved
 
 
 def carried_by_peft(adapters: StructLoRA) -> tuple[dict[str, torch.Tensor], list[str]]:
     """(tensors, modules_to_save): what is trained beside the adapters. Raises ValueError for what
     PEFT would read as something else, or not at all."""
     model, tensors, layers = adapters.model, {}, adapted(adapters.model)
-    _, trained, buffers = sort_tensors(model)
+    _, trained, moved = sort_tensors(model)
     modules = {clean(name): module for name, module in model.named_modules()}
     for name, parameter in trained.items():
         owner = name.rpartition(".")[0]                          # PEFT saves it whole
@@ -923,11 +963,12 @@ def carried_by_peft(adapters: StructLoRA) -> tuple[dict[str, torch.Tensor], list
                              f"take {', '.join(wrong[:3])} for it too; use save() or merge()")
         for key, tensor in modules[owner].state_dict().items():
             tensors[f"{owner}.{key}"] = tensor.clone()
-    for name in buffers.keys() - tensors.keys():
-        owner, _, key = name.rpartition(".")
-        before = vars(modules[owner]).get("before_attach", {}).get(key, buffers[name])
-        if not torch.equal(before.to(buffers[name]), buffers[name]):
-            raise ValueError(f"PEFT cannot carry {name}, which training moves: use save()")
+    for name in sorted(moved.keys() - tensors.keys()):
+        raise ValueError(f"PEFT cannot carry {name}, which training moves: use save()")
+    twice = [clean(n) for n, m in model.named_modules(remove_duplicate=False)
+             if m in layers.values() and clean(n) not in layers]
+    if twice:
+        raise ValueError(f"PEFT cannot carry {twice[0]}, whose layer has two names; use save()")
     return tensors, sorted({name.rpartition(".")[0] for name in trained})
 
 

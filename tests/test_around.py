@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import structlora
-from helpers import Block, Chain, adapted, assert_same, chain, inputs, senders, shake
+from helpers import Block, Chain, Checkpointed, adapted, assert_same, chain, inputs, senders, shake
 from structlora import Config, LoRA, StructLoRA, attach
 
 pytestmark = pytest.mark.filterwarnings("ignore:no layer has a neighbour")
@@ -284,7 +284,7 @@ def test_statistics_that_training_moves_are_saved_and_not_silently_lost(outside,
     again = StructLoRA.load(normalised_chain(), tmp_path / "adapter.pt")
     assert close(again.model.eval()(x), output)
     if outside:
-        with pytest.raises(ValueError, match="norm.running_.*training moves"):
+        with pytest.raises(ValueError, match="norm.*, which training moves"):
             adapters.export_peft(tmp_path / "peft")
         assert not (tmp_path / "peft").exists()
         return
@@ -321,15 +321,20 @@ def test_an_average_of_models_has_the_edges_and_the_budget_of_the_last(average, 
     assert close(same.merge()(inputs(dtype=dtype)), output, 1e-5 if dtype.itemsize == 4 else 0.05)
 
 
-def test_factors_that_are_loaded_without_their_edges_are_said():
-    model, _ = adapted(4)
-    thin = {n: p for n, p in model.state_dict().items() if n in dict(model.named_parameters())
-            and model.get_parameter(n).requires_grad}
-    fresh = chain(4, seed=5)
-    attach(fresh, Config(rank=2))
-    with pytest.warns(UserWarning, match="without blocks.3.q_proj.lora.graph's edges"):
+@pytest.mark.parametrize("edges, lost", (("hybrid", "graph.edges"), ("depth", "graph.rho"),
+                                         ("depth", "gate.mu"), ("hybrid", "graph.removed")))
+def test_factors_that_are_loaded_without_what_belongs_to_them_are_said(edges, lost):
+    model, _ = adapted(4, edges=edges, budget=3.0)
+    thin = {n: p for n, p in model.state_dict().items() if not n.endswith(lost)}
+    fresh = chain(4)
+    attach(fresh, Config(rank=2, edges=edges, budget=3.0))
+    with pytest.warns(UserWarning) as said:
         fresh.load_state_dict(thin, strict=False)
-    model, _ = adapted(4, edges="all")               # signs are no matter of the random state
+    assert any(f"without blocks.3.q_proj.lora.{lost}" in str(w.message) for w in said)
+
+
+def test_signs_are_no_matter_of_the_random_state():
+    model, _ = adapted(4, edges="all")
     thin = {n: p for n, p in model.state_dict().items() if "lora" in n and "graph.signs" not in n}
     torch.manual_seed(77)
     fresh = chain(4)
@@ -485,6 +490,102 @@ def test_a_checkpoint_around_a_part_that_holds_several_layers():
     assert results[0].keys() == results[1].keys() and len(results[0]) > 20
     for name, gradient in results[0].items():
         assert close(results[1][name], gradient), name
+
+
+class AutocastInside(Checkpointed):
+    def forward(self, x):                            # as accelerate and the Trainer wrap it
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_that_begins_after_the_pass_can_be_checkpointed_and_the_model_copied():
+    model, adapters = adapted(3)
+    model.__class__ = AutocastInside
+    model(inputs()).float().square().mean().backward()
+    twin = copy.deepcopy(model)                      # after a recomputation
+    assert all(layer.A.grad.isfinite().all() for layer in adapters.layers.values())
+    assert close(twin.eval()(inputs()).float(), model.eval()(inputs()).float())
+
+
+def test_a_layer_in_eval_mode_uses_its_mean_gates_while_others_draw():
+    model, adapters = adapted(3)
+    model.train().blocks[0].eval()
+    block, x = model.blocks[0], inputs()
+    wanted = copy.deepcopy(adapters).merge().blocks[0](x)
+    seen = []
+    block.register_forward_hook(lambda m, x, y: seen.append(y))
+    assert not torch.equal(model(x), model(x)) and close(seen[0], wanted) and close(seen[1], wanted)
+    assert close(block.q_proj(input=x), block.q_proj(x))         # called by keyword
+
+
+def test_half_precision_has_no_nan_where_updates_are_zero():
+    model = chain(3).eval()
+    attach(model, Config(rank=2))
+    output = model(inputs())
+    assert close(model.half()(inputs().half()).float(), output, 0.01)
+
+
+def test_an_averaged_copy_that_is_frozen_keeps_what_was_trained(tmp_path):
+    model = chain(3)
+    adapters = attach(model, Config(rank=2))
+    model.head.requires_grad_(True)
+    model.register_buffer("count", torch.zeros((), dtype=torch.long))    # an integer that moves
+    (model(inputs()).square().mean() + adapters.penalty(10)).backward()
+    adapters.observe_gradients()
+    model.head.weight.data += 1
+    model.count += 3
+    average = AveragedModel(model).requires_grad_(False).eval()
+    StructLoRA(average).save(tmp_path / "a.pt")
+    plain = chain(3)
+    plain.register_buffer("count", torch.zeros((), dtype=torch.long))
+    again = StructLoRA.load(plain, tmp_path / "a.pt").model.eval()
+    assert close(again(inputs()), average(inputs())) and again.count == 3
+
+
+def test_what_only_some_layers_of_a_kind_do_is_said():
+    model = chain(3)
+    adapters = attach(model, Config(rank=2))
+    for block in model.blocks[1:]:
+        block(inputs()).sum().backward()
+    with pytest.warns(UserWarning, match="no gradient reached blocks.0.q_proj: .*at random"):
+        adapters.observe_gradients()
+
+
+def shared_storage(model):
+    model.blocks[1].q_proj.weight.data = model.blocks[0].q_proj.weight.data
+
+
+def expanded(model):
+    weight = model.blocks[1].q_proj.weight.data[:1].expand(10, 6)
+    model.blocks[1].q_proj.weight = nn.Parameter(weight)
+
+
+def two_names(model):
+    model.blocks[2].q_proj = model.blocks[0].q_proj
+
+
+@pytest.mark.parametrize("change, leave", (
+    (shared_storage, "merge"), (expanded, "merge"), (two_names, "export_peft")))
+def test_ways_out_that_would_go_wrong_are_refused_by_name(change, leave, tmp_path):
+    model = chain(3)
+    change(model)
+    adapters = shake(attach(model, Config(rank=2)))
+    output = model.eval()(inputs())
+    with pytest.raises(ValueError, match=r"blocks\.\d\.q_proj"):
+        getattr(adapters, leave)(*[tmp_path] * (leave == "export_peft"))
+    assert torch.equal(model(inputs()), output) and not list(tmp_path.iterdir())
+
+
+def test_two_configs_have_two_handles_and_a_part_that_is_merged_leaves_no_work():
+    model = nn.ModuleDict({"a": chain(3), "b": chain(3, 1)})
+    first, second = (attach(model[name], Config(rank=rank)) for name, rank in (("a", 1), ("b", 2)))
+    with pytest.raises(ValueError, match="several Configs"):
+        StructLoRA(model)
+    outer = nn.Sequential(chain(3), nn.Linear(4, 4))
+    adapters = shake(attach(outer, Config(rank=2)))
+    output = outer.eval()(inputs())
+    StructLoRA(outer[0]).merge()
+    assert close(outer(inputs()), output) and not adapters.layers and first.layers and second.layers
 
 
 def test_an_interrupted_pass_leaves_nothing_behind():
