@@ -68,10 +68,10 @@ def test_experiments_at_once_equal_experiments_alone_and_the_scripts_loop(
 
 def test_scenes_are_scored_as_train_llava_does(tmp_path):
     args = argparse.Namespace(device="cpu", cifar10=None, out=str(tmp_path), dry=False, seed=0)
-    task = bench.Task("llava", {"pretrain": (60, 32), "batch": 4}, args)
+    task = bench.Task("llava", {"pretrain": (30, 32), "batch": 4}, args)
     runs = experiments(task, "LoRA", [4], [3e-2])
     bench.train(runs, STEPS)
-    model = train_llava.pretrained(argparse.Namespace(device="cpu", seed=0), 60)
+    model = train_llava.pretrained(argparse.Namespace(device="cpu", seed=0), 30)
     config = Config(rank=2, alpha=4.0, targets=("self_attn.q_proj", "self_attn.v_proj"),
                     **bench.LORA)
     attach(model, config)
