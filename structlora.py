@@ -396,10 +396,10 @@ class LayerGraph(nn.Module):
 def attach(model: nn.Module, config: Config | None = None) -> "StructLoRA":
     """Freezes `model` and hangs an adapter on every nn.Linear (also of a subclass) whose dotted
     name ends in one of config.targets. The output stays bit-equal until the first step. Raises
-    ValueError, with the model untouched, if a target matches nothing, for a layer that
-    cannot be adapted, and if there are adapters already."""
+    ValueError, with the model untouched, if a target matches nothing, for a layer that cannot be
+    adapted, and if there are adapters already."""
     config = config or Config()
-    kinds = find_kinds(model, config)                        # [{name: layer}]
+    kinds = find_kinds(model, config)                            # [{name: layer}]
     remember(model)                                              # for detach() and export_peft()
     model.requires_grad_(False)
     for linears in kinds:
@@ -618,7 +618,8 @@ class StructLoRA:
     def _check_gradients(self) -> None:
         """Before the first step: raises ValueError if no gradient has reached a kind. Notes what is
         trained, since an average or a model in use is often frozen afterwards."""
-        for module in self.model.modules() if self.graphs and self.graphs[0].probing else ():
+        first = any(graph.probing and graph.steps == 0 for graph in self.graphs)
+        for module in self.model.modules() if first else ():
             trained = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
             vars(module).setdefault("before_attach", {})["trained"] = trained
         for graph in self.graphs:
@@ -651,9 +652,8 @@ class StructLoRA:
                 owners.setdefault(place, []).append(clean(f"{prefix}.{name}"))
         for name, linear in adapted(self.model).items():
             weight, reason = linear._parameters.get("weight"), None
-            plain = getattr(linear.forward, "__func__", None) is nn.Linear.forward
-            plain = plain and type(weight) is nn.Parameter and 0 not in weight.stride()
-            if not plain or weight.is_meta:
+            stored = type(weight) is nn.Parameter and not weight.is_meta
+            if not is_plain(linear) or not stored or 0 in weight.stride():
                 reason = f"its weight is quantised, computed or offloaded ({type(linear).__name__})"
             elif len(owners[weight.data_ptr()]) > 1:
                 reason = f"its weight is tied ({' = '.join(owners[weight.data_ptr()])})"
@@ -785,6 +785,11 @@ def device_of(linear: nn.Linear) -> torch.device:
     return next((t.device for t in (*linear.parameters(), *linear.buffers())), torch.device("cpu"))
 
 
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether it computes F.linear(x, weight, bias) and no more: not quantised, not offloaded."""
+    return getattr(linear.forward, "__func__", None) is nn.Linear.forward
+
+
 def kind_of(name: str) -> str:
     """The name with its numbers replaced by *, but for the last component, where w1 and w3 are
     different layers: "block3.layers.0.w1" -> "block*.layers.*.w1"."""
@@ -822,13 +827,12 @@ def find_kinds(model: nn.Module, config: Config) -> list[dict[str, nn.Linear]]:
 def check_layer(name: str, linear: nn.Linear, rank: int) -> None:
     """Raises ValueError for a layer that cannot be adapted."""
     size, reason = min(linear.out_features, linear.in_features), None
-    plain = getattr(linear.forward, "__func__", None) is nn.Linear.forward
     if hasattr(linear, "lora"):
         reason = "it has an attribute `lora` of its own"
     elif device_of(linear).type == "meta":
         reason = "its weight is on the meta device, not in memory"
-    elif plain and linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16,
-                                               torch.float64):
+    elif is_plain(linear) and linear.weight.dtype not in (torch.float32, torch.float16,
+                                                          torch.bfloat16, torch.float64):
         reason = f"its weight is {linear.weight.dtype}, which nn.Linear cannot multiply by"
     elif rank > size:
         reason = f"rank={rank} is more than {size}, its smaller side"
@@ -859,7 +863,8 @@ def check_fields(config: Config) -> None:
             ("alpha", is_positive(c.alpha), "a positive number"),
             ("dropout", c.dropout == 0 or is_positive(c.dropout) and c.dropout < 1, "in [0, 1)"),
             ("targets", named, "names of linear layers"),
-            *((field, getattr(c, field) in all, f"one of {all}") for field, all in choices.items()),
+            *((field, getattr(c, field) in known, f"one of {known}")
+              for field, known in choices.items()),
             ("beta", c.beta == 0 or is_positive(c.beta), "zero or positive"),
             ("budget", c.budget is None or is_positive(c.budget) and c.gate != "none",
              "positive, and needs a gate to rank by")):
