@@ -23,7 +23,8 @@ repeated where they are computed.
     3  m_lji ~ N(mu_lji, sigma_lji^2)                 training, one draw per sample and direction
        m_lji = mu_lji if mu_lji^2 >= sigma_lji^2 else 0      evaluation, merge, export
        R_l = sum_ji 1/2 log(1 + mu_lji^2 / sigma_lji^2)      nats, the rate: see gate_rate()
-    4  loss = cross entropy + beta R / N              R = sum_l R_l, N labelled training examples
+    4  loss = cross entropy + beta R / N              R = sum_l R_l, N labelled training examples;
+                                                      at beta = 1 the free energy over N
     5  h_l = normalised vec(P^T U_ll Q)               a 4 x 4 sketch of the node feature vec(U_ll);
                                                       P [d, 4] and Q [k, 4] fixed and random
        e_lj = LeakyReLU(w_src . h_l + w_dst . h_j),   a_l. = softmax_j e_lj   over the edges of l
@@ -42,10 +43,9 @@ repeated where they are computed.
 Where this departs from the paper. (a) It swaps the names A and B; ours are LoRA's and PEFT's. (b)
 Its message sigma(h Theta) acts on vec(dW): Theta would have (d k)^2 entries, and nothing could be
 merged exactly; we keep the linear residual part and put what is learned into the attention, which
-weighs updates but sends them no gradient. (c) It leaves beta, N and the noise model open. Of a
-Gaussian gate only mu / sigma matters: B absorbs its scale. (d) Similarity edges settle after
-EDGES_SETTLE steps: each new sender makes the update jump. (e) Edges "all" are our extension: the
-directions of a kind form one dictionary, which each layer reads in its own random way.
+weighs updates but sends them no gradient. (c) It leaves beta, N and the noise model open; beta = 1
+is what the bound asks for. Of a Gaussian gate only mu / sigma matters: B absorbs its scale. (d)
+Similarity edges settle after EDGES_SETTLE steps: each new sender makes the update jump.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class Config:
     dropout: float = 0.0             # on the input of the update, as in LoRA
     targets: tuple = ("q_proj", "v_proj")   # last name components of the linear layers to adapt
     gate: str = "gaussian"           # "gaussian" (Eq. 3), "concrete" (Eq. 9) or "none"
-    beta: float = 0.1                # weight of the rate (Eq. 4)
+    beta: float = 1.0                # weight of the rate (Eq. 4); 1 is the free energy
     coordinator: str = "attention"   # "attention" (Eq. 5), "uniform" (a = 1 / degree) or "none"
     edges: str = "hybrid"            # the paper's; or "depth", "similarity", "all" (Eq. 6)
     budget: float | None = None      # directions kept per layer, on average over all (Eq. 8)
@@ -286,8 +286,7 @@ class LayerGraph(nn.Module):
             (A, B), gates, senders = self.collect_factors(), self.collect_gates(), self.senders()
             s, drawn = self.config.alpha / self.config.rank, []
             weight = s * self.mixing(senders, A, B, gates)[..., None] * self.signs       # [L, S, r]
-            if self.config.budget:
-                weight = weight * (self.removed == 0)
+            weight = weight * (self.removed == 0)
             if gates and not random:
                 weight = weight * gate_mean(gates)
             elif "phi" in gates:
@@ -317,10 +316,7 @@ class LayerGraph(nn.Module):
     def observe(self) -> None:
         """Counts a step; in the first ones moves the running mean gradient and the edges by it."""
         self.steps += 1
-        if self.pass_owner:                  # of a pass that was interrupted
-            self.pass_owner = None
-            for layer in self.layers:
-                layer.message = None
+        self.end_pass()                      # of one that was interrupted
         if self.probing:
             sketches = torch.stack([layer.probe if layer.probe.grad is None else layer.probe.grad
                                     for layer in self.layers])
@@ -330,8 +326,7 @@ class LayerGraph(nn.Module):
             if sketches.isfinite().all() and not self.removed.any():
                 self.gradient.lerp_(sketches, 1 - GRADIENT_DECAY)
                 if self.learns_edges:        # an entry that grows by the step: see latest()
-                    choice = torch.where(self.most_similar(), 1000.0 ** self.steps, 0.0)
-                    self.edges[:, -1] = choice
+                    self.edges[:, -1] = torch.where(self.most_similar(), 1000.0 ** self.steps, 0.0)
             self.set_probing()
 
     def most_similar(self) -> torch.Tensor:
@@ -370,9 +365,9 @@ class LayerGraph(nn.Module):
             for layer, message in zip(self.layers, replayable(self)):
                 layer.message = message
 
-    def end_pass(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        """After it, even if it failed."""
-        if self.pass_owner == id(module):
+    def end_pass(self, module: nn.Module | None = None, *_) -> None:
+        """After it, even if it failed. Without a module: after whichever there is."""
+        if module is None or self.pass_owner == id(module):
             self.pass_owner = None
             for layer in self.layers:
                 layer.message = None
@@ -409,7 +404,6 @@ def attach(model: nn.Module, config: Config | None = None) -> "StructLoRA":
             object.__setattr__(layer, "graph", graph)            # refers to it, is no parent of it
             linear.lora, layer.index = layer, index
             linear.register_forward_hook(add_update, prepend=True, with_kwargs=True)
-        object.__delattr__(layer, "graph")
         layer.graph = graph                  # the last one is its parent
         for prefix, module in model.named_modules():
             if module is model or sum(name.startswith(f"{prefix}.") for name in linears) > 1:
@@ -455,7 +449,6 @@ class StructLoRA:
         for graph in self.graphs:
             graph.observe()
 
-    @torch.no_grad()
     def prune(self, progress: float) -> None:
         """Once a step, progress in [0, 1] of training (else ValueError): removes directions on the
         cubic schedule of Eq. 8, the weakest of all kinds first. Does nothing without a budget."""
@@ -505,18 +498,16 @@ class StructLoRA:
 
 # === Part 2: Around the method. First the other calls of the handle.
 
-    def param_groups(self, lr: float, gate_lr: float | None = None,
+    def param_groups(self, lr: float, gate_lr: float = 0.05,
                      weight_decay: float = 0.01) -> list[dict]:
         """Groups for torch.optim: factors, and what else you unfroze (a head), at lr with weight
-        decay; the coordinator at lr; gates at gate_lr, by default 0.05 with a budget, which ranks
-        by them, and 0.01 without."""
+        decay; the coordinator at lr; gates at gate_lr, fast enough for Adam to shut them within a
+        hundred steps."""
         layers, groups = self.layers.values(), []
         factors = [p for layer in layers for p in (layer.A, layer.B)]
-        factors += dict.fromkeys(self.trained().values())        # tied ones once
+        factors += dict.fromkeys(sort_tensors(self.model)[1].values())   # a head; tied ones once
         mixing = [p for graph in self.graphs for p in graph.parameters()]
         gates = [p for layer in layers for p in layer.gate.values()]
-        if gate_lr is None:
-            gate_lr = 0.05 if self.config.budget else 0.01
         for params, own_lr, decay in ((factors, lr, weight_decay), (mixing, lr, 0.0),
                                       (gates, gate_lr, 0.0)):
             if params := [p for p in params if p.requires_grad]:
@@ -528,11 +519,6 @@ class StructLoRA:
         """name -> adapter, of the layers that are in the model now."""
         return {name: linear.lora for name, linear in adapted(self.model).items()}
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained beside the adapters, by name: a new head, usually."""
-        return sort_tensors(self.model)[1]
-
-    @torch.no_grad()
     @torch.autocast("cpu", enabled=False)      # which would round
     @torch.autocast("cuda", enabled=False)
     def deltas(self) -> dict[str, torch.Tensor]:
@@ -597,36 +583,31 @@ class StructLoRA:
     def detach(self) -> nn.Module:
         """Removes the adapters without adding them; requires_grad becomes what it was."""
         for linear in adapted(self.model).values():
-            del linear.lora.graph            # no reference cycle is left
+            linear.lora.graph.layers = []    # no reference cycle; hooks above find nothing to do
             del linear.lora
-        owners = [id(graph) for graph in self.graphs]
         for module in self.model.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for key, hook in [*hooks.items()]:
-                    if hook is add_update or id(getattr(hook, "__self__", None)) in owners:
+                    if hook is add_update or isinstance(getattr(hook, "__self__", 0), LayerGraph):
                         del hooks[key]
                         module._forward_hooks_always_called.pop(key, None)
                         module._forward_hooks_with_kwargs.pop(key, None)
             for name, before in vars(module).pop("before_attach", {}).items():
                 if isinstance(module._parameters.get(name), nn.Parameter):
                     module._parameters[name].requires_grad_(before)
-        for graph in self.graphs:            # hooks above this model find nothing to do
-            graph.layers = [layer for layer in graph.layers if hasattr(layer, "graph")]
         self.graphs = []
         return self.model
 
     def _check_gradients(self) -> None:
         """Before the first step: raises ValueError if no gradient has reached a kind. Notes what is
         trained, since an average or a model in use is often frozen afterwards."""
-        first = any(graph.probing and graph.steps == 0 for graph in self.graphs)
+        first = [graph for graph in self.graphs if graph.probing and graph.steps == 0]
         for module in self.model.modules() if first else ():
             trained = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-            vars(module).setdefault("before_attach", {})["trained"] = trained
-        for graph in self.graphs:
-            if graph.layers[0].A.dtype in (torch.float16, torch.bfloat16):
-                warnings.warn("adapters in half precision: cast before attach()", stacklevel=3)
-            if not graph.probing or graph.steps > 0:
-                continue
+            vars(module).setdefault("before_attach", {})[" trained"] = trained
+        if any(graph.layers[0].A.dtype.itemsize == 2 for graph in self.graphs):
+            warnings.warn("adapters in half precision: cast before attach()", stacklevel=3)
+        for graph in first:
             grads = {name: layer.probe.grad for name, layer in zip(graph.names, graph.layers)
                      if layer.probe.requires_grad}
             unreached = [name for name, grad in grads.items() if grad is None or not grad.any()]
@@ -648,8 +629,7 @@ class StructLoRA:
         owners = {}
         for prefix, module in self.model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                place = parameter if parameter.is_meta else parameter.data_ptr()
-                owners.setdefault(place, []).append(clean(f"{prefix}.{name}"))
+                owners.setdefault(parameter.data_ptr(), []).append(clean(f"{prefix}.{name}"))
         for name, linear in adapted(self.model).items():
             weight, reason = linear._parameters.get("weight"), None
             stored = type(weight) is nn.Parameter and not weight.is_meta
@@ -725,7 +705,6 @@ class StructLoRA:
                 raise
         return adapters
 
-    @torch.no_grad()
     @torch.autocast("cpu", enabled=False)      # which would round
     @torch.autocast("cuda", enabled=False)
     def export_peft(self, directory: str | Path, base: str | None = None,
@@ -940,7 +919,7 @@ def sort_tensors(model: nn.Module) -> tuple[dict, dict, dict]:
     for prefix, module in model.named_modules():
         prefix, notes = clean(f"{prefix}." if prefix else ""), vars(module).get("before_attach", {})
         for name, parameter in module.named_parameters(recurse=False):
-            if module in ours or parameter.requires_grad or name in notes.get("trained", ()):
+            if module in ours or parameter.requires_grad or name in notes.get(" trained", ()):
                 (own if module in ours else trained)[prefix + name] = parameter
         for name, buffer in lasting_buffers(module):
             before = notes.get(name)

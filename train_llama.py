@@ -232,7 +232,7 @@ def fine_tune(args, config: Config, lr: float, model: nn.Module, rows: list, num
         adapters.export_peft(out / "adapter_peft", base=args.checkpoint)
     if args.merge and adapters.merge() and rank == 0:
         write(out / "merged.pt", model.sizes | {"model": model.state_dict()})
-    row = vit.summary(name, evaluate(model.eval()), costs)
+    row = {"method": name} | evaluate(model.eval()) | costs
     adapters.detach()                                            # nothing to do after merge()
     return row
 
@@ -291,12 +291,10 @@ def main() -> None:
                                                       args.max_length, eos=bool(e.prompt))]
     num_examples = sum(len(row.tokens) - row.start for row in rows)          # predicted tokens
     score = vit.autocast(args)(partial(evaluate, tokenizer=tokenizer, test=test, args=args))
-    vit.check_rows(len(rows))                                    # refused before what takes long
-    for trial in runs:
-        vit.check_config(model, trial.config)
+    vit.check_runs(model, runs, len(rows))
     model = model if path else pretrained(args).to(dtype)
     name, digest = vit.adapters_beside(model, args), vit.fingerprint(rows, test)
-    table = [vit.summary(name, score(model))]
+    table = [{"method": name} | score(model)]
     for name, out, config, lr in runs:
         fresh = model if path else copy.deepcopy(model)          # --merge changes it
         table.append(fine_tune(args, config, lr, fresh, rows, num_examples, score, name, out,

@@ -145,13 +145,11 @@ def main() -> None:
     test = test[::math.ceil(len(test) / args.test_examples)]
     test = [e for e in test if True in encode(tokenizer, e).answers]     # not all question
     num_examples = sum(sum(row.answers) for row in rows)                 # predicted tokens
-    vit.check_rows(len(rows))
-    for trial in runs:               # refused before a file is written
-        vit.check_config(model, trial.config)
+    vit.check_runs(model, runs, len(rows))
     model = model if path else pretrained(args).to(dtype)
     name, digest = vit.adapters_beside(model, args), vit.fingerprint(rows, test)
     score = vit.autocast(args)(partial(evaluate, tokenizer=tokenizer, test=test, args=args))
-    table = [vit.summary(name, score(model))]
+    table = [{"method": name} | score(model)]
     for name, out, config, lr in runs:
         fresh = model if path else copy.deepcopy(model)          # --merge and --tune change it
         table.append(llama.fine_tune(
@@ -508,7 +506,6 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"[\w'-]+", text.lower()))
 
 
-@torch.no_grad()
 def answer(model: Llava, tokenizer: Any, images, prompts: torch.Tensor) -> list[str]:
     """What the model says to prompts of one length, [N, T], greedily."""
     embeddings, _ = model.splice(images, prompts)                # [N, S, D]

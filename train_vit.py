@@ -23,7 +23,7 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -125,7 +125,7 @@ class ViT(nn.Module):
 # --- Fine-tuning
 
 def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: tuple, name: str,
-              out: Path) -> dict[str, str]:
+              out: Path) -> dict[str, str | float]:
     """One run: attach, train, export, score -> its row of the table. Writes under `out`. `model` is
     the frozen one again in the end, or with --merge the merged one."""
     torch.manual_seed(args.seed)
@@ -168,7 +168,7 @@ def fine_tune(args, config: Config, lr: float, model: ViT, train: tuple, test: t
     merged = adapters.merge() if args.merge else None
     if merged and rank == 0:
         save_vit(merged, out / "merged.pt")
-    row = summary(name, evaluate(model, test, args), told)
+    row = {"method": name} | evaluate(model, test, args) | told
     adapters.detach()
     return row
 
@@ -193,25 +193,22 @@ def main() -> None:
                    num_heads=(int, "attention heads of a .pth (64 wide)"),
                    normalise=(tuple(NORMALISE), "pictures so (as the checkpoint says)"))
     path, shots, runs = args.checkpoint, args.shots, trials(args, LEARNING_RATES)
-    args.classes = None                                          # their names, also in adapter.pt
     if path:
-        train, test, args.classes = read_images(args.data)
+        train, test, args.classes = read_images(args.data)       # whose names adapter.pt holds
         print(f"{len(args.classes)} classes: {', '.join(args.classes)[:99]}")
         model = load_vit(path, None, args.image_size, args.num_heads, args.classes, args.normalise)
     else:
         train, test = draw(8000, 10 * args.seed + 2, True), draw(1000, 10 * args.seed + 3, True)
         model, shots = small_vit(), shots or (None if args.fraction else 50)
     train = take(train, choose(train[1], shots, args.fraction, args.seed))
-    check_rows(len(train[1]))
-    for trial in runs:
-        check_config(model, trial.config)
+    check_runs(model, runs, len(train[1]))
     train, test = (decoded(data, model.config.image_size) for data in (train, test))
-    model = model if path else load_vit(pretrained(args))
+    model = model if path else pretrained(args)
     model.to(args.device, getattr(torch, args.dtype))
     name = adapters_beside(model, args)
     if args.eval_only and not model.head.weight.any():
         raise ValueError(f"--eval-only: {args.data} has other classes than {path}")
-    table = [summary(name, evaluate(model, test, args))]
+    table = [{"method": name} | evaluate(model, test, args)]
     for name, out, config, lr in runs:
         own = copy.deepcopy(model) if args.merge and not path else model         # will be merged
         table.append(fine_tune(args, config, lr, own, train, test, name, out))
@@ -632,11 +629,8 @@ def small_vit() -> ViT:
     return model
 
 
-def pretrained(args, steps: int = 500) -> Path:
-    """Path of a small ViT pretrained on drawn pictures; one of this seed under --out is kept."""
-    path = Path(args.out, f"backbone-{args.seed}-{steps}.pth")
-    if path.exists():
-        return path
+def pretrained(args, steps: int = 500) -> ViT:
+    """A small ViT pretrained on drawn pictures, always the same for a seed."""
     torch.manual_seed(args.seed)
     model, (images, labels) = small_vit(), draw(8000, 10 * args.seed, False)
 
@@ -646,9 +640,7 @@ def pretrained(args, steps: int = 500) -> Path:
         return F.cross_entropy(model(x), labels[batch])
 
     pretrain(model, loss, steps, lr=2e-3)
-    if processes()[0] == 0:
-        save_vit(model, path)
-    return path
+    return model
 
 
 # --- What the three scripts share: options, trials, files, run state, batches, processes, the table
@@ -656,7 +648,6 @@ def pretrained(args, steps: int = 500) -> Path:
 STOP = []                            # not empty once Ctrl-C was pressed
 TRANSIENT = ("resume", "save_every", "out", "device", "merge")   # what --resume may change
 PLAIN = {"gate": "none", "coordinator": "none", "budget": None}  # these make a Config plain LoRA
-Trial = namedtuple("Trial", "name out config lr")
 OPTIONS = {                          # name -> default, or a type if there is none; help
     "checkpoint": (str, "the pretrained model; without it the demo runs"),
     "data": (str, "what to train and to test on"),
@@ -714,6 +705,10 @@ def options(description: str, **own) -> argparse.Namespace:
         raise ValueError("--fraction: at most 1, and not together with --shots")
     if bool(args.checkpoint) != bool(args.data) or args.eval_only and not args.checkpoint:
         raise ValueError("--checkpoint and --data go together; --eval-only needs them")
+    for name in ("checkpoint", "vision_checkpoint", "tokenizer", "data", "images"):
+        path = getattr(args, name, None)
+        if path and not Path(path).exists():
+            raise ValueError(f"--{name.replace('_', '-')} {path}: there is no such file or folder")
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {args.out}: cannot be written")
@@ -730,7 +725,7 @@ def options(description: str, **own) -> argparse.Namespace:
     return args
 
 
-def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[Trial]:
+def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[tuple]:
     """The runs of this command line: one on a checkpoint (none with --eval-only), and four in a
     demo. learning_rates: of "checkpoint", and of the demo's, which are also its folders."""
     r, wide = args.rank, {"rank": 4 * args.rank, "alpha": 4 * args.alpha}
@@ -741,14 +736,18 @@ def trials(args: argparse.Namespace, learning_rates: dict[str, float]) -> list[T
         changes = PLAIN if args.method == "lora" else {}
         table = [("checkpoint", f"{args.method} r={r}", changes)] * (not args.eval_only)
     given = {field.name: getattr(args, field.name) for field in fields(Config)}
-    return [Trial(name, Path(args.out, "" if args.checkpoint else key),
-                  Config(**given | changes), args.lr or learning_rates[key])
+    return [(name, Path(args.out, "" if args.checkpoint else key), Config(**given | changes),
+             args.lr or learning_rates[key])
             for key, name, changes in table]
 
 
-def check_config(model: nn.Module, config: Config) -> None:
-    """Raises ValueError if `model` cannot be adapted so, before anything long; leaves no trace."""
-    attach(model, config).detach()
+def check_runs(model: nn.Module, runs: list[tuple], count: int) -> None:
+    """Before anything long: raises ValueError if `model` cannot be adapted as a run wants it, or if
+    a process of torchrun would have none of the `count` training rows. Leaves no trace."""
+    if count < processes()[1]:
+        raise ValueError(f"{count} training rows for {processes()[1]} processes")
+    for _, _, config, _ in runs:
+        attach(model, config).detach()
 
 
 def adapters_beside(model: nn.Module, args: argparse.Namespace) -> str:
@@ -824,12 +823,6 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def check_rows(count: int) -> None:
-    """Raises ValueError if a process of torchrun would have no training row."""
-    if count < processes()[1]:
-        raise ValueError(f"{count} training rows for {processes()[1]} processes")
-
-
 def resume_run(out: Path, adapters: StructLoRA, optimizer, args: argparse.Namespace,
                digest: str) -> list[dict]:
     """The log of the steps that are done: empty, or with --resume that of OUT/adapter.pt, if it is
@@ -886,16 +879,12 @@ def costs(adapters: StructLoRA, lines: list[dict]) -> dict[str, str]:
             "ms/step": f"{times[len(times) // 2]:.1f}"}
 
 
-def summary(name: str, scores: dict[str, float], told: dict[str, str] | None = None) -> dict:
-    """A row of the table: scores, and what costs() told of a run."""
-    return {"method": name} | {key: f"{value:.3f}" for key, value in scores.items()} | (told or {})
-
-
-def print_table(rows: list[dict[str, str]]) -> None:
+def print_table(rows: list[dict[str, str | float]]) -> None:
     """The rows as a table with right-aligned columns; it is also valid Markdown."""
     columns = []
     for name in rows[-1]:
-        cells = [name, "-:"] + [row.get(name, "-") for row in rows]
+        values = [row.get(name, "-") for row in rows]
+        cells = [name, "-:"] + [v if isinstance(v, str) else f"{v:.3f}" for v in values]
         columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
     for line in zip(*columns):
         print("|", " | ".join(line), "|", flush=True)

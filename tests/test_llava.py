@@ -497,7 +497,7 @@ def test_a_checkpoint_is_adapted_merged_and_read_again(cli, real, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--vision-checkpoint", "gone"], "gone"), (["--images", "gone"], "gone: has no 0.png"),
+    (["--vision-checkpoint", "gone"], "gone"), (["--images", "gone"], "gone: there is no such"),
     (["--data", "gone"], "gone"), (["--data", "net"], "expected a .json file or a folder"),
     (["--tokenizer", "gone"], "gone")])
 def test_a_mistake_is_one_line_and_nothing_is_written(cli, real, tmp_path, arguments, message):

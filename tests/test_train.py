@@ -192,6 +192,8 @@ def test_train_score_merge_and_export(cli, vit, tmp_path):
     rates = [line["lr"] for line in left_by(tmp_path / "run")[0]]        # warmed up over 4 steps
     assert rates[:4] == pytest.approx([0.0075, 0.015, 0.0225, 0.03]) and rates[-1] < 1e-4
     assert_refused(cli(train_vit, *vit, "--out", "vit.pth"), "--out vit.pth: cannot be written")
+    for option, value in zip(vit[::2], ("none.pth", "dta.npz")):
+        assert_refused(cli(train_vit, *vit, option, value), f"{option} {value}: there is no such")
     for checkpoint, folder in (("run/merged.pt", "none"), ("vit.pth", "run")):
         status, out, err = cli(train_vit, "--checkpoint", checkpoint, *vit[2:], "--out", folder,
                                "--eval-only")
