@@ -53,7 +53,7 @@ from train_vit import warmup_cosine
 FIRST_SEED = 1000                    # nobody picked them: 1000, 1001, ...
 
 # name -> (factor on the rank, changes of Config); budget is in units of the rank. A gate's (beta,
-# gate_lr) stand in the names of the rows that compare them; the others' are WEAK.
+# gate_lr) stand in the names of the rows that compare them; the others' are WEAK, the default.
 WEAK = {"beta": 0.1, "gate_lr": 0.01}
 ALL, ALONE, OPEN = {"edges": "all"}, {"coordinator": "none"}, {"gate": "none"}
 LORA, DROPOUT = ALONE | OPEN, {"dropout": 0.2}
@@ -255,7 +255,7 @@ class Others:
             self.tuner = peft.LoraModel(model, peft.LoraConfig(
                 r=rank, lora_alpha=2 * rank, use_dora=True, target_modules=targets), "default")
 
-    def param_groups(self, lr: float, gate_lr: float) -> list[dict]:
+    def param_groups(self, lr: float, gate_lr: float | None) -> list[dict]:
         return [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": lr}]
 
     def observe_gradients(self) -> None:
@@ -289,7 +289,7 @@ class Experiment(nn.Module):
         self.x, self.y = task.labelled(seed, examples)
         factor, changes = METHODS[method]
         changes, rank = dict(changes), round(factor * rank)
-        gate_lr = changes.pop("gate_lr", 0.05)
+        gate_lr = changes.pop("gate_lr", None)           # the budget's own if it is not named
         if "budget" in changes:
             changes["budget"] *= rank
         torch.manual_seed(seed)

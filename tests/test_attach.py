@@ -53,10 +53,11 @@ def peft_delta(directory, name):
 
 # --- attach
 
-def test_attach_freezes_the_model_and_groups_what_it_trains():
+@pytest.mark.parametrize("budget,gate_lr", ((None, 0.01), (2.0, 0.05)))
+def test_attach_freezes_the_model_and_groups_what_it_trains(budget, gate_lr):
     model = chain()
     frozen = set(model.parameters())
-    adapters = attach(model, Config(rank=2, targets="q_proj, v_proj"))
+    adapters = attach(model, Config(rank=2, budget=budget, targets="q_proj, v_proj"))
     assert len(adapters.layers) == 6 and not any(p.requires_grad for p in frozen)
     model.head.requires_grad_(True)                  # a new head, say
     model.blocks[0].requires_grad_(False)            # freezes the updates of this block alone
@@ -64,7 +65,7 @@ def test_attach_freezes_the_model_and_groups_what_it_trains():
     factors, mixing, gates = adapters.param_groups(lr=3e-3, weight_decay=0.05)
     for group, kinds, rates in ((factors, {"A", "B", "weight", "bias"}, (3e-3, 0.05)),
                                 (mixing, {"rho", "w_src", "w_dst"}, (3e-3, 0.0)),
-                                (gates, {"mu", "log_sigma"}, (0.05, 0.0))):
+                                (gates, {"mu", "log_sigma"}, (gate_lr, 0.0))):
         assert {names.pop(p) for p in group["params"]} == kinds
         assert (group["lr"], group["weight_decay"]) == rates
     assert set(names.values()) == {"probe"}          # which no optimizer trains
