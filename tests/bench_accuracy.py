@@ -378,7 +378,7 @@ def run(task: Task, method: str, examples: int, rank: int, seeds: list, rates: l
     scores = test(experiments).view(len(seeds), len(rates), 2).round(decimals=5).tolist()
     merged = []                      # directions kept, a mean over layers and seeds, of each rate
     if method not in OTHERS:
-        kept = [[*e.adapters.diagnostics()["kept"].values()] for e in experiments]
+        kept = [[len(A) for _, A in e.adapters.factors().values()] for e in experiments]
         kept = torch.tensor(kept).double().mean(1).view(len(seeds), -1)
         merged = kept.mean(0).round(decimals=3).tolist()
     groups = experiments[0].optimizer.param_groups
@@ -575,9 +575,9 @@ def main() -> None:
             continue
         if cell[0] not in tasks:
             tasks[cell[0]] = Task(cell[0], size[cell[0]], args)
-        for (kind, *_), line in () if args.dry else lines.items():
-            if kind == cell[0] and line.get("backbone") != tasks[kind].backbone:
-                raise ValueError(f"{path}: of another backbone {kind}: give a new --results")
+            for (kind, *_), line in () if args.dry else lines.items():
+                if kind == cell[0] and line.get("backbone") != tasks[kind].backbone:
+                    raise ValueError(f"{path}: of another backbone {kind}: give a new --results")
         started = time.perf_counter()
         line = finished(tasks[cell[0]], cell, method, size, args)
         seconds = time.perf_counter() - started

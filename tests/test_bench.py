@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 import bench_accuracy as bench
 import bench_speed
 import train_llava
+from helpers import DATA
 from structlora import Config, attach
 from train_vit import batch_indices, warmup_cosine
 
@@ -133,7 +133,7 @@ def test_the_figure_of_regimes_draws_each_method_once_a_cell():
     assert len(dots) == 4 * 2 + 2                # two panels of two cells, and the legend
 
 
-STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
+STORIES = DATA / "stories260K"
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs shared/data/stories260K")
